@@ -3,4 +3,21 @@
 Weight concentration as a decoupled step inside ``optimizer.step()``, around any optimizer.
 """
 
+from wcr_optim import penalties
+from wcr_optim.decoupled import WCR, Decoupled, HoyerDecay, L1Decay, L2Decay
+from wcr_optim.optimizers import SGD, AdamW
+from wcr_optim.wrapper import OptimizerWrapper
+
 __version__ = "0.1.0"
+
+__all__ = [
+    "SGD",
+    "WCR",
+    "AdamW",
+    "Decoupled",
+    "HoyerDecay",
+    "L1Decay",
+    "L2Decay",
+    "OptimizerWrapper",
+    "penalties",
+]

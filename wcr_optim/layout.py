@@ -1,0 +1,81 @@
+"""How weights lie in memory and over ranks, so that no other module has to ask."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import DTensor
+
+
+def as_dtensor(tensor: Tensor) -> DTensor | None:
+    """Return the tensor when it is sharded or replicated over a device mesh, else None."""
+    if type(tensor) in (Tensor, torch.nn.Parameter) or not torch.distributed.is_available():
+        return None  # spares the import of torch.distributed.tensor to those who do without
+    from torch.distributed.tensor import DTensor
+
+    return tensor if isinstance(tensor, DTensor) else None
+
+
+def local(tensor: Tensor) -> Tensor:
+    """Return this rank's part of a DTensor, sharing its memory; any other tensor is its own part."""
+    sharded = as_dtensor(tensor)
+    return tensor if sharded is None else sharded.to_local()
+
+
+def in_memory_order(tensor: Tensor) -> Tensor:
+    """Return a view whose dimensions run from the largest stride to the smallest."""
+    return tensor.permute(sorted(range(tensor.ndim), key=tensor.stride, reverse=True))
+
+
+def flat(tensor: Tensor) -> Tensor:
+    """Return a 1-D view in memory order, or a copy where the memory has gaps.
+
+    Penalties ask only for sums over a layer and for elementwise writes, so the order of the elements is free, and
+    channels_last or transposed weights need no copy.
+    """
+    return in_memory_order(tensor).reshape(-1)
+
+
+def sum_over_shards(sums: Tensor, tensors: Sequence[Tensor]) -> Tensor:
+    """Add up the rows that belong to sharded tensors over the ranks that hold their shards.
+
+    One all-reduce for every mesh dimension that shards anything, for all tensors together; a dimension over which a
+    tensor is replicated already holds its sum.
+
+    Args:
+        sums: Local sums, shape (layers, k), one row per tensor.
+        tensors: The tensors that they were taken of.
+
+    Returns:
+        Global sums, shape (layers, k).
+
+    Raises:
+        ValueError: If a DTensor holds pending partial sums.
+
+    """
+    rows: defaultdict[tuple[DeviceMesh, int], list[int]] = defaultdict(list)
+    for row, tensor in enumerate(tensors):
+        sharded = as_dtensor(tensor)
+        if sharded is None:
+            continue
+        for dim, placement in enumerate(sharded.placements):
+            if placement.is_partial():
+                raise ValueError(
+                    f"weights with placements {sharded.placements} hold pending partial sums; redistribute them first"
+                )
+            if not placement.is_replicate():
+                rows[sharded.device_mesh, dim].append(row)
+    if not rows:
+        return sums
+    for (mesh, dim), index in rows.items():
+        part = sums[index].contiguous()
+        torch.distributed.all_reduce(part, group=mesh.get_group(dim))
+        sums = sums.index_copy(0, torch.tensor(index, device=sums.device), part)
+    return sums

@@ -1,0 +1,93 @@
+"""Drop-in replacements of torch's optimizers: the same arguments, and weight_concentration beside weight_decay."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from wcr_optim.decoupled import WCR
+
+
+class SGD(WCR):
+    """torch.optim.SGD with decoupled weight concentration.
+
+    All arguments of torch.optim.SGD with their defaults, and
+
+    Args:
+        weight_concentration: Strength of WCR; 0 is torch.optim.SGD, bit for bit (default: 0.0).
+        form: "inverse_variance" or "scale_free", see `WCR` (default: "inverse_variance").
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        momentum: float = 0,
+        dampening: float = 0,
+        weight_decay: float | Tensor = 0,
+        nesterov: bool = False,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        weight_concentration: float | Tensor = 0.0,
+        form: str = "inverse_variance",
+    ) -> None:
+        base = torch.optim.SGD(
+            params,
+            lr,
+            momentum,
+            dampening,
+            weight_decay,
+            nesterov,
+            maximize=maximize,
+            foreach=foreach,
+            differentiable=differentiable,
+            fused=fused,
+        )
+        super().__init__(base, weight_concentration, form)
+
+
+class AdamW(WCR):
+    """torch.optim.AdamW with decoupled weight concentration.
+
+    All arguments of torch.optim.AdamW with their defaults, and
+
+    Args:
+        weight_concentration: Strength of WCR; 0 is torch.optim.AdamW, bit for bit (default: 0.0).
+        form: "inverse_variance" or "scale_free", see `WCR` (default: "inverse_variance").
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        amsgrad: bool = False,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        weight_concentration: float | Tensor = 0.0,
+        form: str = "inverse_variance",
+    ) -> None:
+        base = torch.optim.AdamW(
+            params,
+            lr,
+            betas,
+            eps,
+            weight_decay,
+            amsgrad,
+            maximize=maximize,
+            foreach=foreach,
+            capturable=capturable,
+            differentiable=differentiable,
+            fused=fused,
+        )
+        super().__init__(base, weight_concentration, form)

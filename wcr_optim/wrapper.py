@@ -1,0 +1,249 @@
+"""An optimizer around another one, split into gathering gradients and updating weights so that wrappers compose."""
+
+from __future__ import annotations
+
+import inspect
+from collections import OrderedDict, defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+Closure = Callable[[], Any]
+
+
+def already_gathered() -> None:
+    """Closure with which a wrapper steps the wrapper below it: the gradients are in place, only update.
+
+    Going through the inner wrapper's `step` rather than its `update` fires its hooks and tells its LR schedulers that
+    it stepped.
+    """
+
+
+class OptimizerWrapper(Optimizer):
+    """Base class of optimizers that wrap an optimizer instance.
+
+    A step has two phases that subclasses extend:
+
+    - `gather(closure)` runs what must run at the current weights and leaves the gradient to use in `.grad`, the
+      weights where they were.
+    - `update()` changes the weights.
+
+    Every phase of the outer wrapper runs the same phase of the inner one, so wrappers compose in any order, and each
+    sees gradients taken at the weights that it changes. A base that must run the closure itself (LBFGS) takes its
+    whole step while gathering; what a wrapper adds in `update` then comes after it.
+
+    `param_groups`, `state` and `defaults` are the base's own; options of the wrapper live in the groups under their
+    own keys, so they can be set per group, scheduled, and are saved with the base's.
+
+    Args:
+        base: The optimizer to wrap.
+        **options: The wrapper's options and their defaults, filled into groups that do not set them.
+
+    Raises:
+        TypeError: If base is no optimizer instance.
+        ValueError: If a group is empty, an option has a bad value, or another wrapper around this base uses it.
+    """
+
+    base: Optimizer
+
+    # Optimizer.__init__ is not called: it would make groups and state of its own beside the base's.
+    def __init__(self, base: Optimizer, **options: Any) -> None:
+        name = type(self).__name__
+        if isinstance(base, type):
+            raise TypeError(
+                f"{name} wraps an optimizer instance, got the class {base.__name__}; "
+                f"write {name}({base.__name__}(params, lr=...))"
+            )
+        if not isinstance(base, Optimizer):
+            raise TypeError(
+                f"{name} wraps an instance of torch.optim.Optimizer, got {type(base).__name__}; "
+                f"write {name}(torch.optim.SGD(params, lr=...))"
+            )
+        self.base = base
+        self.option_names = tuple(options)
+        for option in options:
+            if option in base.defaults:
+                raise ValueError(
+                    f"{option!r} is already an option of this {type(base).__name__}, maybe through another wrapper "
+                    f"around it; wrap it once, and change the option in its param_groups"
+                )
+        for index, group in enumerate(base.param_groups):
+            self._check_group(options | group, index)
+        # As defaults of the base they reach groups that are added to the base behind our back.
+        base.defaults.update(options)
+        self._fill_options()
+        # A base whose step cannot go without a closure evaluates it as often as it likes, at weights of its choosing.
+        closure = inspect.signature(type(base).step).parameters.get("closure")
+        self._base_runs_closure = closure is not None and closure.default is inspect.Parameter.empty
+        self._create_hooks()
+
+    def _create_hooks(self) -> None:
+        self._optimizer_step_pre_hooks = OrderedDict()
+        self._optimizer_step_post_hooks = OrderedDict()
+        self._optimizer_state_dict_pre_hooks = OrderedDict()
+        self._optimizer_state_dict_post_hooks = OrderedDict()
+        self._optimizer_load_state_dict_pre_hooks = OrderedDict()
+        self._optimizer_load_state_dict_post_hooks = OrderedDict()
+        self._patch_step_function()
+
+    # load_state_dict and schedulers rebind these on the base, so they are looked up each time.
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The base's parameter groups."""
+        return self.base.param_groups
+
+    @param_groups.setter
+    def param_groups(self, value: list[dict[str, Any]]) -> None:
+        self.base.param_groups = value
+
+    @property
+    def state(self) -> defaultdict[Tensor, Any]:
+        """The base's state."""
+        return self.base.state
+
+    @state.setter
+    def state(self, value: defaultdict[Tensor, Any]) -> None:
+        self.base.state = value
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """The base's defaults, the wrapper's options among them."""
+        return self.base.defaults
+
+    @defaults.setter
+    def defaults(self, value: dict[str, Any]) -> None:
+        self.base.defaults = value
+
+    @torch.no_grad()
+    def step(self, closure: Closure | None = None) -> Any:
+        """Take one step.
+
+        Args:
+            closure: Clears the gradients, runs forward and backward and returns the loss. Without one, the gradients
+                in `.grad` are used (default: None).
+
+        Returns:
+            The closure's loss, at the weights before the step; None without a closure.
+
+        """
+        loss = None if closure is already_gathered else self.gather(closure)
+        self.update()
+        return loss
+
+    def gather(self, closure: Closure | None) -> Any:
+        """Leave the gradient to use in `.grad` and the weights where they were; return the loss."""
+        if isinstance(self.base, OptimizerWrapper):
+            return self.base.gather(closure)
+        if self._base_runs_closure:
+            if closure is None:
+                raise ValueError(f"{type(self.base).__name__} needs a closure: call step(closure)")
+            return self.base.step(closure)
+        if closure is None:
+            return None
+        with torch.enable_grad():
+            return closure()
+
+    def update(self) -> None:
+        """Change the weights, given the gradients."""
+        if isinstance(self.base, OptimizerWrapper):
+            self.base.step(already_gathered)
+        elif not self._base_runs_closure:
+            self.base.step()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear the gradients, as torch.optim.Optimizer.zero_grad."""
+        self.base.zero_grad(set_to_none=set_to_none)
+
+    def train(self) -> None:
+        """Tell every optimizer below that training goes on; see `eval`."""
+        if hasattr(self.base, "train"):
+            self.base.train()
+
+    def eval(self) -> None:
+        """Bring the true weights into place for evaluation, where an optimizer below trains at others (SSAM)."""
+        if hasattr(self.base, "eval"):
+            self.base.eval()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the base's state_dict, the options in its groups included."""
+        for pre_hook in self._optimizer_state_dict_pre_hooks.values():
+            pre_hook(self)
+        state_dict = self.base.state_dict()
+        for post_hook in self._optimizer_state_dict_post_hooks.values():
+            replaced = post_hook(self, state_dict)
+            if replaced is not None:
+                state_dict = replaced
+        return state_dict
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state_dict of this wrapper or of a bare base.
+
+        Options that the checkpoint does not know, a bare base's, keep their present values, group by group.
+
+        Raises:
+            ValueError: If an option's saved value is bad or the groups do not match; nothing is changed then.
+
+        """
+        state_dict = state_dict.copy()
+        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
+            replaced = pre_hook(self, state_dict)
+            if replaced is not None:
+                state_dict = replaced
+        present = [{option: group[option] for option in self.option_names} for group in self._filled_groups()]
+        saved_groups = state_dict["param_groups"]
+        for index, (saved, kept, group) in enumerate(zip(saved_groups, present, self.param_groups, strict=False)):
+            self._check_group(kept | saved | {"params": group["params"]}, index)
+        self.base.load_state_dict(state_dict)
+        self._fill_options(present)
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, as torch.optim.Optimizer.add_param_group; the wrapper's options can stand in it.
+
+        Raises:
+            ValueError: If the group is empty or an option's value is bad.
+
+        """
+        if isinstance(param_group, dict) and isinstance(param_group.get("params"), Iterator):
+            param_group["params"] = list(param_group["params"])  # to be read twice
+        if isinstance(param_group, dict) and not isinstance(param_group.get("params"), (set, type(None))):
+            options = {option: self.defaults[option] for option in self.option_names}
+            self._check_group(options | param_group, len(self.param_groups))
+        self.base.add_param_group(param_group)  # torch has its own words for what is no group at all
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Hooks and an LR scheduler's patch of `step` belong to this process; torch's optimizers drop them too.
+        return {
+            key: value for key, value in self.__dict__.items() if key != "step" and not key.startswith("_optimizer_")
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._create_hooks()
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self._describe()}) around {self.base!r}"
+
+    def _describe(self) -> str:
+        return ""
+
+    def _check_group(self, group: Mapping[str, Any], index: int) -> None:
+        """Raise if a group is empty or one of the wrapper's options in it has a bad value."""
+        params = group["params"]
+        if not isinstance(params, Tensor) and not len(params):
+            raise ValueError(f"param_groups[{index}] has no parameters; leave the group out")
+
+    def _filled_groups(self) -> list[dict[str, Any]]:
+        """Return the groups after filling in what a load or an addition straight to the base left out."""
+        self._fill_options()
+        return self.param_groups
+
+    def _fill_options(self, values: list[dict[str, Any]] | None = None) -> None:
+        for index, group in enumerate(self.param_groups):
+            known = values[index] if values else {}
+            for option in self.option_names:
+                group.setdefault(option, known.get(option, self.defaults[option]))
