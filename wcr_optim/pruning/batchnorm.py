@@ -1,0 +1,141 @@
+"""Running statistics of norm layers, estimated anew after pruning."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.parameter import is_lazy
+
+from wcr_optim.parameters import unwrapped
+
+Forward = Callable[[nn.Module, Any], object]
+
+
+def recalibrate_batchnorm(model: nn.Module, batches: Iterable[Any], forward: Forward | None = None) -> None:
+    """Replace the running statistics of all norm layers by those of the given batches.
+
+    Pruning shifts the activations that statistics were collected of, so that a pruned network is judged fairly only
+    with statistics of its own. Each layer gets the mean over the batches of their mean and of their unbiased variance,
+    every batch counting the same, as torch's ``momentum=None`` does. Layers that the batches do not reach keep theirs.
+
+    Everything but these layers runs in evaluation mode (no dropout), without gradients. Training flags and momentum
+    are as before afterwards; the order of random numbers is not touched.
+
+    Args:
+        model: The model. Without norm layers that keep running statistics the batches are not even looked at.
+        batches: Batches of training data: tensors; tuples or lists, of which the first element is the input; or
+            mappings, passed as keyword arguments. Tensors are moved to the device of the model's first parameter.
+        forward: Called as ``forward(model, batch)`` instead, for batches of any other form (default: None)
+
+    Raises:
+        ValueError: If there are no batches, or a layer is not initialized yet. As after any exception, the statistics
+            are those from before.
+    """
+    model = unwrapped(model)
+    norms = norms_with_statistics(model)
+    if not norms:
+        return
+    run = forward or _default_forward(model)
+    momenta = [norm.momentum for norm in norms]
+    before = [_statistics(norm) for norm in norms]
+    calls = dict.fromkeys(norms, 0)
+
+    def average(norm: nn.Module, _: object) -> None:
+        # The cumulative mean. torch's own momentum=None does nothing for InstanceNorm.
+        assert isinstance(norm, _NormBase)
+        calls[norm] += 1
+        norm.momentum = 1.0 / calls[norm]
+
+    hooks = [norm.register_forward_pre_hook(average) for norm in norms]
+    try:
+        with training_flags_restored(model), torch.no_grad():
+            _set_training(model, norms)
+            for norm in norms:
+                norm.reset_running_stats()
+            empty = True
+            for batch in batches:
+                empty = False
+                run(model, batch)
+            if empty:
+                raise ValueError("no batches to estimate the statistics from; an exhausted iterator gives none")
+            for norm, statistics in zip(norms, before, strict=True):
+                if not calls[norm]:
+                    _restore(norm, statistics)
+    except BaseException:
+        for norm, statistics in zip(norms, before, strict=True):
+            _restore(norm, statistics)
+        raise
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+
+
+def norms_with_statistics(model: nn.Module) -> list[_NormBase]:
+    """Return the norm layers that keep running statistics: batch norms of all kinds, instance norms that track them."""
+    norms = [module for module in model.modules() if isinstance(module, _NormBase) and module.running_mean is not None]
+    for norm in norms:
+        if norm.running_mean is not None and is_lazy(norm.running_mean):
+            raise ValueError(f"{type(norm).__name__} is not initialized yet: run one batch through the model first")
+    return norms
+
+
+@contextmanager
+def statistics_restored(model: nn.Module) -> Iterator[None]:
+    """Put the running statistics back to what they are now when the block is left in whatever way."""
+    before = [(norm, _statistics(norm)) for norm in norms_with_statistics(model)]
+    try:
+        yield
+    finally:
+        for norm, statistics in before:
+            _restore(norm, statistics)
+
+
+@contextmanager
+def training_flags_restored(model: nn.Module) -> Iterator[None]:
+    """Put every module's training flag back when the block is left in whatever way."""
+    flags = [(module, module.training) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, training in flags:
+            module.training = training
+
+
+def _set_training(model: nn.Module, norms: Iterable[nn.Module]) -> None:
+    # Flag by flag: train() and eval() are often overridden, to keep norm layers frozen or to merge adapters.
+    for module in model.modules():
+        module.training = False
+    for norm in norms:
+        norm.training = True
+
+
+def _statistics(norm: _NormBase) -> dict[str, Tensor]:
+    return {name: buffer.clone() for name, buffer in norm.named_buffers(recurse=False)}
+
+
+def _restore(norm: _NormBase, statistics: Mapping[str, Tensor]) -> None:
+    for name, buffer in norm.named_buffers(recurse=False):
+        buffer.copy_(statistics[name])
+
+
+def _default_forward(model: nn.Module) -> Forward:
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+
+    def moved(value: Any) -> Any:
+        return value.to(device) if isinstance(value, Tensor) else value
+
+    def run(model: nn.Module, batch: Any) -> object:
+        if isinstance(batch, Mapping):
+            return model(**{key: moved(value) for key, value in batch.items()})
+        if isinstance(batch, (tuple, list)):
+            batch = batch[0]
+        return model(moved(batch))
+
+    return run

@@ -1,0 +1,217 @@
+"""A model's metrics at many sparsities."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+import secrets
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from wcr_optim.parameters import unwrapped
+from wcr_optim.pruning.batchnorm import (
+    Forward,
+    recalibrate_batchnorm,
+    statistics_restored,
+    training_flags_restored,
+)
+from wcr_optim.pruning.masks import weights_restored
+from wcr_optim.pruning.select import Selection, selected
+from wcr_optim.pruning.threshold import Cut, Keeper, Scope, check_scope, check_sparsity, find_cuts, slabs
+
+Evaluate = Callable[[nn.Module], "float | Mapping[str, float]"]
+
+
+@dataclass(frozen=True)
+class SweepRow:
+    """A model's metrics at one sparsity.
+
+    Attributes:
+        sparsity: The sparsity asked for.
+        pruned: Number of pruned weights.
+        total: Number of prunable weights.
+        metrics: What ``evaluate`` returned; a plain number is called ``"score"``.
+    """
+
+    sparsity: float
+    pruned: int
+    total: int
+    metrics: dict[str, float]
+
+
+@dataclass(frozen=True)
+class SweepResult:
+    """A model's metrics at many sparsities, in the order in which they were asked for.
+
+    Attributes:
+        rows: One per sparsity.
+        scope: ``"global"`` or ``"layer"``.
+        recalibrated: Whether the running statistics were estimated anew at every sparsity.
+    """
+
+    rows: tuple[SweepRow, ...]
+    scope: Scope
+    recalibrated: bool
+
+    @property
+    def sparsities(self) -> list[float]:
+        """The sparsities asked for."""
+        return [row.sparsity for row in self.rows]
+
+    @property
+    def metrics(self) -> list[str]:
+        """The names of the metrics, in the order in which they first appeared."""
+        return list(dict.fromkeys(name for row in self.rows for name in row.metrics))
+
+    def values(self, metric: str | None = None) -> list[float]:
+        """Return one metric at every sparsity.
+
+        Args:
+            metric: Its name; None stands for the first one (default: None)
+        """
+        name = self.metrics[0] if metric is None else metric
+        return [row.metrics[name] for row in self.rows]
+
+    def table(self) -> str:
+        """Return the result as readable text, one line per sparsity."""
+        names = self.metrics
+        head = ["sparsity", "kept", *names]
+        body = [
+            [f"{100 * row.sparsity:g} %", f"{row.total - row.pruned:,}"]
+            + [f"{row.metrics[name]:.4g}" if name in row.metrics else "" for name in names]
+            for row in self.rows
+        ]
+        widths = [max(map(len, column)) for column in zip(head, *body, strict=True)]
+        lines = [
+            "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in [head, *body]
+        ]
+        return "\n".join(lines)
+
+    def to_csv(self, path: str | os.PathLike[str]) -> None:
+        """Write the result as CSV: sparsity, pruned, total and one column per metric, in full precision.
+
+        Args:
+            path: Where to; an existing file is replaced, completely or not at all.
+        """
+        text = io.StringIO(newline="")
+        writer = csv.writer(text)
+        writer.writerow(["sparsity", "pruned", "total", *self.metrics])
+        for row in self.rows:
+            writer.writerow(
+                [row.sparsity, row.pruned, row.total, *(row.metrics.get(name, "") for name in self.metrics)]
+            )
+        target = Path(os.path.realpath(path))
+        temporary = target.with_name(f".{secrets.token_hex(8)}.tmp")
+        try:
+            temporary.write_text(text.getvalue(), encoding="utf-8", newline="")
+            os.replace(temporary, target)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def __str__(self) -> str:
+        return self.table()
+
+
+def sweep(
+    model: nn.Module,
+    evaluate: Evaluate,
+    sparsities: Sequence[float],
+    scope: Scope = "global",
+    calibration: Iterable[Any] | None = None,
+    *,
+    exclude: Selection = (),
+    include: Selection | None = None,
+    forward: Forward | None = None,
+    progress: bool | None = None,
+) -> SweepResult:
+    """Evaluate a model pruned by magnitude to each of many sparsities.
+
+    All thresholds come from the same passes over the weights. The model is evaluated in evaluation mode, and after
+    every evaluation, and after an exception, it is as before: weights bit for bit, running statistics, training flags.
+
+    Args:
+        model: The model.
+        evaluate: Called with the pruned model; returns a number or several by name.
+        sparsities: Shares of the prunable weights to prune, each in [0, 1]; 0 evaluates the dense model.
+        scope: As in `magnitude_masks` (default: "global")
+        calibration: Batches to estimate running statistics with at every sparsity, as `recalibrate_batchnorm` takes
+            them; None leaves the statistics as they are (default: None)
+        exclude: Layers to leave dense (default: ())
+        include: Prune only these; None stands for all prunable weights (default: None)
+        forward: How to run a calibration batch, as in `recalibrate_batchnorm` (default: None)
+        progress: Show a progress bar. None shows one on a terminal, when tqdm is installed and it takes more than two
+            seconds (default: None)
+
+    Returns:
+        The metrics at each sparsity.
+
+    Raises:
+        ValueError: If there are no sparsities or one lies outside [0, 1], and as `magnitude_masks`.
+        ImportError: If progress is True and tqdm is not installed.
+
+    Example:
+        >>> result = sweep(model, accuracy, [0, 0.5, 0.9, 0.95], calibration=train_batches)
+        >>> print(result.table())
+    """
+    sparsities = [check_sparsity(sparsity) for sparsity in sparsities]
+    if not sparsities:
+        raise ValueError("sparsities must name at least one sparsity to evaluate at")
+    check_scope(scope)
+    plain = unwrapped(model)
+    weights = selected(plain, exclude, include)
+    if isinstance(calibration, Iterator):
+        calibration = list(calibration)  # needed again at every sparsity
+    prunings = _prunings(weights, sparsities, scope)
+    total = sum(tensor.numel() for tensor in weights.values())
+    rows = []
+    statistics = statistics_restored(plain) if calibration is not None else nullcontext()
+    with training_flags_restored(model), statistics, weights_restored(weights.values()) as restore:
+        for sparsity, cuts in _with_progress(list(zip(sparsities, prunings, strict=True)), progress):
+            restore()
+            _prune_(weights, cuts)
+            for module in model.modules():
+                module.training = False
+            if calibration is not None:
+                recalibrate_batchnorm(plain, calibration, forward)
+            found = evaluate(model)
+            metrics = dict(found) if isinstance(found, Mapping) else {"score": float(found)}
+            pruned = cuts[0].pruned if scope == "global" else sum(cut.pruned for cut in cuts)
+            rows.append(SweepRow(sparsity, pruned, total, metrics))
+    return SweepResult(tuple(rows), scope, calibration is not None)
+
+
+def _prunings(weights: Mapping[str, Tensor], sparsities: Sequence[float], scope: Scope) -> list[list[Cut]]:
+    """Return the cuts of every sparsity: a single one, or one per weight."""
+    if scope == "global":
+        return [[cut] for cut in find_cuts(weights.items, sparsities)]
+    by_weight = [find_cuts({name: tensor}.items, sparsities) for name, tensor in weights.items()]
+    return [list(cuts) for cuts in zip(*by_weight, strict=True)]
+
+
+def _prune_(weights: Mapping[str, Tensor], cuts: Sequence[Cut]) -> None:
+    keepers = [Keeper(cut) for cut in cuts]
+    if len(keepers) == 1:
+        keepers *= len(weights)
+    for tensor, keeper in zip(weights.values(), keepers, strict=True):
+        for slab, keep in zip(slabs(tensor), keeper(tensor), strict=True):
+            slab.masked_fill_(~keep.view(slab.shape), 0)
+
+
+def _with_progress(steps: Sequence[Any], progress: bool | None) -> Iterable[Any]:
+    if progress is False or (progress is None and not sys.stderr.isatty()):
+        return steps
+    try:
+        from tqdm import tqdm
+    except ImportError as error:
+        if progress:
+            raise ImportError("the progress bar needs tqdm: pip install 'wcr_optim[bench]'") from error
+        return steps
+    shown: Iterable[Any] = tqdm(steps, desc="sweep", unit="sparsity", delay=0.0 if progress else 2.0)
+    return shown

@@ -1,0 +1,318 @@
+"""Which weights are the largest: exact counts over any number of tensors, without bringing them together.
+
+The bit pattern of a non-negative float, read as an integer, grows with its value. A radix search over these patterns
+therefore finds the magnitude at which a given number of weights lies below: count the leading 16 bits of all weights,
+keep the one value that the wanted rank falls into, count the next 16 bits of the weights that begin so, until no bits
+are left. That is two passes over the weights for float32 and narrower types, four for float64, in memory that does
+not depend on their number. Counts are sums: those of chunks, tensors and ranks add up.
+
+Weights of equal magnitude are told apart by position: the earlier tensor, and within a tensor the earlier element in
+row-major order, is kept. The number of pruned weights is exactly ``round(sparsity * n)``, and the kept set of a higher
+sparsity lies inside that of a lower one.
+
+Nothing here knows of modules: tensors come by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Scope: TypeAlias = Literal["global", "layer"]
+Stream: TypeAlias = Callable[[], Iterable[tuple[str, Tensor]]]
+"""Produces the named tensors afresh, in the same order, at every call. Tensors may be dropped once consumed."""
+
+CHUNK = 2**18
+"""Weights worked on at a time; a multiple of eight, so that chunks of a mask fill whole bytes."""
+
+_DIGIT_BITS = 16
+_BINS = 2**_DIGIT_BITS
+_KEYS = {torch.float32: (torch.int32, 2), torch.float64: (torch.int64, 4)}  # integer of the same width, digits
+
+
+def check_sparsity(sparsity: float) -> float:
+    """Return a sparsity as a float in [0, 1].
+
+    Raises:
+        ValueError: If it lies outside.
+    """
+    if not 0.0 <= sparsity <= 1.0:
+        raise ValueError(f"sparsity must lie in [0, 1], got {sparsity!r}")
+    return float(sparsity)
+
+
+def check_scope(scope: str) -> None:
+    """Raise ValueError unless the scope is known."""
+    if scope not in ("global", "layer"):
+        raise ValueError(f"scope must be 'global' or 'layer', got {scope!r}")
+
+
+def pruned_count(sparsity: float, total: int) -> int:
+    """Return how many of ``total`` weights a sparsity prunes: ``round(sparsity * total)``.
+
+    Python's rounding, in which an exact half goes to the even number: the count that torch.nn.utils.prune takes.
+    """
+    return round(sparsity * total)
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Where one sparsity divides weights into kept and pruned.
+
+    Weights above the threshold are kept, weights below it pruned; of those equal to it the first `ties_kept` stay.
+
+    Attributes:
+        threshold: The smallest kept magnitude; infinity when nothing is kept.
+        pruned: Number of pruned weights.
+        kept: Number of kept weights.
+        ties: Number of weights whose magnitude equals the threshold.
+        ties_kept: How many of them are kept.
+        dtype: The dtype that magnitudes are compared in, float32 or float64; both hold narrower ones exactly.
+    """
+
+    threshold: float
+    pruned: int
+    kept: int
+    ties: int
+    ties_kept: int
+    dtype: torch.dtype
+
+
+def keep_masks(tensors: Mapping[str, Tensor], sparsity: float, scope: Scope = "global") -> dict[str, Tensor]:
+    """Mark the weights of largest magnitude.
+
+    Args:
+        tensors: Weights by name, floating-point, any shapes, dtypes and devices.
+        sparsity: Share of all weights to prune, in [0, 1].
+        scope: Rank all weights together (``"global"``) or each tensor on its own (``"layer"``) (default: "global")
+
+    Returns:
+        Boolean tensors by name, of the weights' shapes and on their devices, True where a weight is kept.
+
+    Raises:
+        ValueError: If the sparsity lies outside [0, 1], the scope is unknown, or a tensor holds NaN.
+    """
+    masks = {}
+    for name, tensor, keeper in keepers(tensors, sparsity, scope):
+        flat = torch.empty(tensor.numel(), dtype=torch.bool, device=tensor.device)
+        start = 0
+        for keep in keeper(tensor):
+            flat[start : start + len(keep)] = keep
+            start += len(keep)
+        masks[name] = flat.view(tensor.shape)
+    return masks
+
+
+def keepers(
+    tensors: Mapping[str, Tensor], sparsity: float, scope: Scope = "global"
+) -> Iterator[tuple[str, Tensor, Keeper]]:
+    """Yield every tensor with the `Keeper` that marks it; to be consumed in order."""
+    check_scope(scope)
+    if scope == "global":
+        (cut,) = find_cuts(tensors.items, (sparsity,))
+        keeper = Keeper(cut)
+        for name, tensor in tensors.items():
+            yield name, tensor, keeper
+    else:
+        for name, tensor in tensors.items():
+            (cut,) = find_cuts({name: tensor}.items, (sparsity,))
+            yield name, tensor, Keeper(cut)
+
+
+def find_cuts(stream: Stream, sparsities: Sequence[float], dtype: torch.dtype | None = None) -> list[Cut]:
+    """Find where each of several sparsities cuts, all from the same passes over the weights.
+
+    Args:
+        stream: Called once for every pass (two for float32 and narrower types, four for float64).
+        sparsities: Shares of all weights to prune, in [0, 1], in any order.
+        dtype: Compare in this dtype, float32 or float64. None takes float32 and starts over in float64 at the first
+            tensor of that type (default: None)
+
+    Returns:
+        One cut per sparsity, in the order given.
+
+    Raises:
+        ValueError: If a sparsity lies outside [0, 1] or a tensor holds NaN; the message names it.
+        TypeError: If a tensor is not real and floating-point.
+    """
+    sparsities = [check_sparsity(sparsity) for sparsity in sparsities]
+    search = RadixSearch(dtype or torch.float32)
+    while not search.done:
+        for name, tensor in stream():
+            if dtype is None and tensor.dtype is torch.float64 and search.dtype is not torch.float64:
+                dtype = search.dtype
+                search = RadixSearch(torch.float64)
+                break
+            search.count(name, tensor)
+        else:
+            search.advance(sparsities)
+    return search.cuts(sparsities)
+
+
+class RadixSearch:
+    """The state of a search for the magnitudes at given ranks.
+
+    A pass counts every tensor, then advances by one digit of 16 bits. Between the two, `counts` may be summed over
+    the processes that hold the tensors in parts.
+
+    Args:
+        dtype: The dtype to compare in, float32 or float64 (default: torch.float32)
+
+    Attributes:
+        counts: Weights by next digit, shape (prefixes, 65536), int64; one row per prefix still of interest.
+        total: Number of weights, known after the first pass.
+
+    Example:
+        >>> search = RadixSearch()
+        >>> while not search.done:
+        ...     for name, tensor in tensors.items():
+        ...         search.count(name, tensor)
+        ...     search.advance([0.5, 0.9])
+        >>> cuts = search.cuts([0.5, 0.9])
+    """
+
+    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+        self.dtype = dtype
+        self._key, self._digits = _KEYS[dtype]
+        self.total = 0
+        self._passes = 0
+        self._prefixes = [0]
+        self._targets: dict[int, tuple[int, int]] = {}  # wanted rank -> its prefix and its rank among those
+        self.counts = torch.zeros(1, _BINS, dtype=torch.int64)
+
+    @property
+    def done(self) -> bool:
+        """Whether all digits are known."""
+        return self._passes == self._digits
+
+    def count(self, name: str, tensor: Tensor) -> None:
+        """Count the next digit of a tensor's magnitudes.
+
+        Args:
+            name: What to call the tensor in an error.
+            tensor: Floating-point weights.
+
+        Raises:
+            ValueError: If the tensor holds NaN.
+        """
+        shift = _DIGIT_BITS * (self._digits - 1 - self._passes)
+        nan_bins = self._infinity >> shift
+        before = int(self.counts[0, nan_bins:].sum()) if self._passes == 0 else 0
+        for chunk in chunks(tensor):
+            bits = magnitude_bits(chunk, self.dtype)
+            if self._passes == 0:
+                self.counts[0] += _bincount(bits >> shift)
+                continue
+            lead = bits >> (shift + _DIGIT_BITS)
+            for row, prefix in enumerate(self._prefixes):
+                self.counts[row] += _bincount(bits[lead == prefix] >> shift & (_BINS - 1))
+        suspect = self._passes == 0 and int(self.counts[0, nan_bins:].sum()) > before  # infinity shares its bin
+        if suspect and any(bool(chunk.isnan().any()) for chunk in chunks(tensor)):
+            raise ValueError(f"{name} holds NaN, which has no rank: repair the weights before pruning")
+
+    def advance(self, sparsities: Sequence[float]) -> None:
+        """Fix the digit that was counted, for the ranks that these sparsities ask for."""
+        if self._passes == 0:
+            self.total = int(self.counts.sum())
+            ranks = {pruned_count(sparsity, self.total) for sparsity in sparsities}
+            self._targets = {rank: (0, rank) for rank in ranks if rank < self.total}
+        ends = self.counts.cumsum(1)
+        rows = {prefix: row for row, prefix in enumerate(self._prefixes)}
+        for rank, (prefix, within) in self._targets.items():
+            row = rows[prefix]
+            digit = int(torch.searchsorted(ends[row], within, right=True))
+            below = int(ends[row, digit - 1]) if digit else 0
+            self._targets[rank] = (prefix * _BINS + digit, within - below)
+        self._passes += 1
+        if not self.done:
+            self._prefixes = sorted({prefix for prefix, _ in self._targets.values()})
+            self.counts = torch.zeros(len(self._prefixes), _BINS, dtype=torch.int64)
+
+    def cuts(self, sparsities: Sequence[float]) -> list[Cut]:
+        """Return the cuts of sparsities that the search was advanced with."""
+        return [self._cut(pruned_count(sparsity, self.total)) for sparsity in sparsities]
+
+    def _cut(self, pruned: int) -> Cut:
+        if pruned == self.total:
+            return Cut(float("inf"), pruned, 0, 0, 0, self.dtype)
+        bits, ties_pruned = self._targets[pruned]
+        row = self._prefixes.index(bits // _BINS)
+        ties = int(self.counts[row, bits % _BINS])
+        threshold = torch.tensor(bits, dtype=self._key).view(self.dtype).item()
+        return Cut(threshold, pruned, self.total - pruned, ties, ties - ties_pruned, self.dtype)
+
+    @property
+    def _infinity(self) -> int:
+        return int(torch.tensor(float("inf"), dtype=self.dtype).view(self._key))
+
+
+class Keeper:
+    """Marks the kept weights of tensors that are given in the order in which they were counted.
+
+    Args:
+        cut: Where to cut.
+    """
+
+    def __init__(self, cut: Cut) -> None:
+        self.cut = cut
+        self._ties_left = cut.ties_kept
+        self._bits = int(torch.tensor(cut.threshold, dtype=cut.dtype).view(_KEYS[cut.dtype][0]))
+
+    def __call__(self, tensor: Tensor) -> Iterator[Tensor]:
+        """Yield the mask of the tensor's weights in row-major order, in flat chunks, True where kept."""
+        for chunk in chunks(tensor):
+            if self.cut.kept == 0:
+                yield torch.zeros(chunk.shape, dtype=torch.bool, device=chunk.device)
+                continue
+            bits = magnitude_bits(chunk, self.cut.dtype)
+            if self.cut.ties_kept == self.cut.ties:
+                yield bits >= self._bits
+                continue
+            keep = bits > self._bits
+            if self._ties_left:
+                tied = (bits == self._bits).nonzero()[: self._ties_left, 0]
+                keep[tied] = True
+                self._ties_left -= len(tied)
+            yield keep
+
+
+def slabs(tensor: Tensor) -> Iterator[Tensor]:
+    """Yield views that follow each other in row-major order, each of a multiple of eight elements but for the last."""
+    tensor = tensor.detach()
+    if tensor.numel() == 0:
+        return
+    if tensor.is_contiguous():
+        yield from torch.split(tensor.view(-1), CHUNK)
+    else:
+        yield from torch.split(tensor, max(8, CHUNK // tensor[0].numel() // 8 * 8))
+
+
+def chunks(tensor: Tensor) -> Iterator[Tensor]:
+    """Yield a tensor's elements in row-major order, in flat pieces of a multiple of eight but for the last."""
+    # Slab by slab, because reshape(-1) of a whole channels_last or transposed tensor would copy all of it.
+    return (slab.reshape(-1) for slab in slabs(tensor))
+
+
+def magnitude_bits(weights: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return integers that are ordered as the magnitudes are; NaN comes after infinity.
+
+    Args:
+        weights: Floating-point tensor.
+        dtype: float32 or float64, at least as wide as the weights, which makes the comparison exact.
+    """
+    if not weights.is_floating_point():
+        raise TypeError(f"magnitudes are ranked for real floating-point weights, got {weights.dtype}")
+    key = _KEYS[dtype][0]
+    return weights.to(dtype).view(key) & torch.iinfo(key).max
+
+
+def _bincount(digits: Tensor) -> Tensor:
+    # numpy counts twice as fast as torch on a CPU, and without its conversion to 64-bit integers.
+    if digits.device.type == "cpu":
+        return torch.from_numpy(np.bincount(digits.numpy(), minlength=_BINS))
+    return torch.bincount(digits, minlength=_BINS).cpu()
