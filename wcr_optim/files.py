@@ -1,0 +1,83 @@
+"""Safetensors files, written whole or not at all and read without trust."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import stat
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+
+class WeightFileError(ValueError):
+    """The file is damaged or of another kind, or it does not fit the model that it was to be loaded into."""
+
+
+def write_safetensors(arrays: dict[str, Tensor], path: str | os.PathLike[str], metadata: dict[str, str]) -> None:
+    """Write a safetensors file completely or not at all, with the permissions that an ordinary new file gets.
+
+    Args:
+        arrays: Contiguous tensors that share no memory.
+        path: Where to write. An existing file is replaced and keeps its permissions and the links to it.
+        metadata: What the header says beside the tensors.
+
+    Raises:
+        OSError: If it cannot be written; an existing file is as before.
+        ImportError: If safetensors is not installed.
+    """
+    safetensors = _safetensors()
+    target = Path(os.path.realpath(path))
+    temporary = target.with_name(f".{secrets.token_hex(8)}.tmp")
+    try:
+        with open(temporary, "xb") as file:
+            mode = os.fstat(file.fileno()).st_mode
+        if target.exists():
+            mode = target.stat().st_mode
+        try:
+            safetensors.torch.save_file(arrays, temporary, metadata=metadata)
+        except safetensors.SafetensorError as error:
+            raise OSError(f"cannot write {os.fspath(path)!r}: {error}") from error
+        # Some versions of safetensors leave a file that only its owner may read.
+        os.chmod(temporary, stat.S_IMODE(mode))
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_safetensors(path: str | os.PathLike[str]) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Read the metadata and the arrays of a safetensors file, as they are.
+
+    Args:
+        path: A regular file.
+
+    Returns:
+        The metadata, and tensors that may be backed by the file: copy what is to outlive it.
+
+    Raises:
+        WeightFileError: If it is not a sound safetensors file.
+        FileNotFoundError: If there is no such file.
+        ImportError: If safetensors is not installed.
+    """
+    safetensors = _safetensors()
+    # A pipe would block for ever, and opening a folder fails with no more than an error number.
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise WeightFileError(f"{os.fspath(path)!r} is not a regular file")
+    with open(path, "rb"):  # the usual OSError if it may not be read
+        pass
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            return dict(file.metadata() or {}), {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except Exception as error:
+        raise WeightFileError(f"{os.fspath(path)!r} is not a sound safetensors file: {error}") from error
+
+
+def _safetensors() -> Any:
+    try:
+        import safetensors.torch
+    except ImportError as error:
+        raise ImportError("safetensors files need the package of that name: pip install 'wcr_optim[files]'") from error
+    return safetensors
