@@ -132,9 +132,10 @@ class Decoupled(OptimizerWrapper):
                 strength = 0.0  # reading it would wait for the device
         elif isinstance(strength, bool) or not isinstance(strength, (int, float)):
             raise TypeError(f"{option} must be a number, got {strength!r} in {where}")
-        if not 0.0 <= float(strength) < math.inf:
-            raise ValueError(f"{option} must be finite and not negative, got {strength!r} in {where}")
-        if float(strength) == 0.0:
+        strength = float(strength)
+        if not 0.0 <= strength < math.inf:
+            raise ValueError(f"{option} must be finite and not negative, got {strength} in {where}")
+        if strength == 0.0:
             return
         params = [group["params"]] if isinstance(group["params"], Tensor) else group["params"]
         for p in params:

@@ -211,8 +211,7 @@ class OptimizerWrapper(Optimizer):
         if isinstance(param_group, dict) and isinstance(param_group.get("params"), Iterator):
             param_group["params"] = list(param_group["params"])  # to be read twice
         if isinstance(param_group, dict) and not isinstance(param_group.get("params"), (set, type(None))):
-            options = {option: self.defaults[option] for option in self.option_names}
-            self._check_group(options | param_group, len(self.param_groups))
+            self._check_group(self.defaults | param_group, len(self.param_groups))
         self.base.add_param_group(param_group)  # torch has its own words for what is no group at all
 
     def __getstate__(self) -> dict[str, Any]:

@@ -1,0 +1,119 @@
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from reference import plain_shrink
+
+from wcr_optim.moments import CHUNK
+from wcr_optim.shrink import shrink_, stochastic_round
+
+
+def shrink(w, gain, threshold, **options):
+    shrink_([w], torch.tensor([gain], dtype=torch.float64), torch.tensor([threshold], dtype=torch.float64), **options)
+    return w
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("shape", [(), (1,), (0, 3), (17, 5), (2 * CHUNK + 5,)])
+def test_equals_the_formula(dtype, shape):
+    w = torch.randn(shape, dtype=dtype)
+    expected = plain_shrink(w, 1.3, 0.2)
+    torch.testing.assert_close(shrink(w.clone(), 1.3, 0.2), expected, rtol=1e-6, atol=0)
+    assert w.numel() < 2 or (expected == 0).any()
+
+
+def test_every_layer_its_own_numbers_in_place():
+    layers = [torch.randn(4, 4), torch.randn(3), torch.randn(2, 2, 2).double()]
+    gain, threshold = torch.tensor([1.0, 2.0, 0.5]), torch.tensor([0.0, 0.1, 0.3])
+    expected = [plain_shrink(w, g, t) for w, g, t in zip(layers, gain.tolist(), threshold.tolist(), strict=True)]
+    addresses = [w.data_ptr() for w in layers]
+    shrink_(layers, gain, threshold)
+    assert [w.data_ptr() for w in layers] == addresses
+    torch.testing.assert_close(layers, expected)
+
+
+def test_any_strides_and_nothing_beyond_the_tensor():
+    base = torch.randn(6, 8, 4, 4)
+    for view in (
+        lambda t: t.to(memory_format=torch.channels_last),
+        lambda t: t.transpose(0, 3),
+        lambda t: t[::2, 1:-1],  # gaps in memory
+    ):
+        whole = base.clone()
+        w = view(whole)
+        expected = plain_shrink(w, 1.1, 0.3)
+        untouched = whole.abs().sum() - w.abs().sum()
+        torch.testing.assert_close(shrink(w, 1.1, 0.3), expected)
+        if w.data_ptr() == whole.data_ptr() or w._base is whole:
+            torch.testing.assert_close(whole.abs().sum() - w.abs().sum(), untouched)
+
+
+def test_nan_and_inf_pass_and_are_never_made():
+    special = torch.tensor([math.nan, math.inf, -math.inf, 0.0, -0.0, 1e-40, 3e38])
+    out = shrink(special.clone(), 1.0, 0.1)
+    assert out[0].isnan()
+    assert out[1:3].tolist() == [math.inf, -math.inf]
+    assert out[3:].isfinite().all()
+
+
+def test_float16_overflow_stays_finite():
+    w = torch.tensor([65000.0, -65504.0, math.inf], dtype=torch.float16)
+    for seed in (None, 3):
+        out = shrink(w.clone(), 1.1, 0.0, seed=seed)
+        assert out.tolist() == [65504.0, -65504.0, math.inf]
+
+
+def test_no_change_is_no_change_bit_for_bit():
+    for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        w = torch.randn(100).to(dtype)
+        assert torch.equal(shrink(w.clone(), 1.0, 0.0, seed=1), w)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_is_computed_in_float32_and_rounded_to_nearest_without_a_seed(dtype):
+    w = torch.randn(1000).to(dtype)
+    expected = plain_shrink(w.float(), 1.05, 0.01).to(dtype)
+    assert torch.equal(shrink(w.clone(), 1.05, 0.01), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@settings(max_examples=200, deadline=None)
+@given(value=st.floats(-6e4, 6e4, width=32))
+def test_stochastic_rounding_takes_a_neighbour_with_the_right_mean(dtype, value):
+    generator = torch.Generator().manual_seed(0)
+    w = torch.full((4096,), value)
+    rounded = stochastic_round(w, dtype, generator)
+    assert torch.equal(rounded.to(dtype).float(), rounded), "on the grid"
+    nearest = w[0].to(dtype)
+    if nearest.float() == value:
+        assert (rounded == value).all(), "what is on the grid stays"
+        return
+    low, high = rounded.min().item(), rounded.max().item()
+    assert low <= value <= high or low == high
+    spacing = torch.finfo(dtype).eps * max(abs(value), torch.finfo(dtype).smallest_normal)
+    assert abs(rounded.double().mean().item() - value) <= 5 * spacing / math.sqrt(4096)
+
+
+def test_stochastic_rounding_is_reproducible_and_leaves_the_global_generator_alone():
+    w = torch.randn(1000).bfloat16()
+    state = torch.get_rng_state()
+    a, b, c = (shrink(w.clone(), 0.999, 0.0, seed=seed) for seed in (5, 5, 6))
+    assert torch.equal(a, b)
+    assert not torch.equal(a, c)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_1000_decays_of_1e_4_shrink_low_precision_weights_as_they_shrink_float32(dtype):
+    start = torch.randn(20000)
+    exact = start.double() * (1 - 1e-4) ** 1000
+    seeded, plain = start.to(dtype), start.to(dtype)
+    for step in range(1000):
+        shrink(seeded, 1 - 1e-4, 0.0, seed=step)
+        plain.mul_(1 - 1e-4)
+    assert abs(seeded.double().norm() / exact.norm() - 1) < 0.01
+    assert abs((seeded.double() * exact).sum() / exact.square().sum() - 1) < 0.01
+    if dtype is torch.bfloat16:
+        assert torch.equal(plain, start.to(dtype)), "plain arithmetic would have left them untouched"
