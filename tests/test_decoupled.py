@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from itertools import pairwise
 
 import pytest
 import torch
@@ -121,8 +122,8 @@ def test_wcr_concentrates_100_000_gaussian_weights(form):
         shares.append((energy[: w.numel() // 20].sum() / energy.sum()).item())
         medians.append(w.detach().abs().median().item())
         opt.step()
-    assert all(a < b for a, b in zip(shares, shares[1:], strict=False))
-    assert all(a > b or a == b == 0.0 for a, b in zip(medians, medians[1:], strict=False))
+    assert all(a < b for a, b in pairwise(shares))
+    assert all(a > b or a == b == 0.0 for a, b in pairwise(medians))
     assert shares[0] < 0.3
     assert shares[-1] > 0.4
     assert medians[-1] < 0.5 * medians[0]
@@ -170,7 +171,7 @@ def test_biases_and_norms_are_left_alone_unless_the_group_asks(name):
     for p in net.parameters():
         p.grad = torch.zeros_like(p)
         p.data += torch.randn_like(p) * 0.1  # a LayerNorm starts with equal magnitudes
-    make, option, strength = WRAPPERS[name]
+    make, _, strength = WRAPPERS[name]
     before = weights(net)
     make(torch.optim.SGD(net.parameters(), lr=0.1), strength).step()
     changed = [not torch.equal(a, b) for a, b in zip(before, net.parameters(), strict=True)]
@@ -444,7 +445,7 @@ def test_bad_strength_in_a_checkpoint_is_refused_before_any_change():
     train(net, opt, range(2))
     state = opt.state_dict()
     state["param_groups"][0] = state["param_groups"][0] | {"weight_concentration": -1.0, "lr": 5.0}
-    with pytest.raises(ValueError, match="weight_concentration must be finite and not negative, got -1.0"):
+    with pytest.raises(ValueError, match=r"weight_concentration must be finite and not negative, got -1\.0"):
         opt.load_state_dict(state)
     assert opt.param_groups[0]["lr"] == 0.1
 
@@ -468,7 +469,7 @@ def test_a_penalty_class_or_a_name_instead_of_a_penalty():
 def test_a_base_that_is_no_optimizer():
     with pytest.raises(TypeError, match=r"got the class SGD; write WCR\(SGD\(params, lr=...\)\)"):
         WCR(torch.optim.SGD)
-    with pytest.raises(TypeError, match="wraps an instance of torch.optim.Optimizer, got generator"):
+    with pytest.raises(TypeError, match=r"wraps an instance of torch\.optim\.Optimizer, got generator"):
         WCR(small_net().parameters())
 
 
