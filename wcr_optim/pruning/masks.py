@@ -14,7 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from wcr_optim.layout import as_dtensor, local
 from wcr_optim.parameters import refusal, unwrapped
+from wcr_optim.pruning.shards import own_part
 from wcr_optim.pruning.threshold import chunks, slabs
 
 _FORMAT = "wcr_optim.masks"
@@ -218,7 +220,7 @@ def apply_(model: nn.Module, masks: Masks) -> None:
         ValueError: If a mask's shape is not its parameter's, or two masks name the same shared parameter. No weight
             has been changed then.
     """
-    for target in _targets(model, masks):
+    for target in matched(model, masks):
         _zero(target, masks)
 
 
@@ -240,7 +242,7 @@ def applied(model: nn.Module, masks: Masks) -> Iterator[None]:
         >>> with applied(model, magnitude_masks(model, 0.95)):
         ...     accuracy = evaluate(model)
     """
-    targets = _targets(model, masks)
+    targets = matched(model, masks)
     with weights_restored([target.parameter for target in targets]):
         for target in targets:
             _zero(target, masks)
@@ -253,11 +255,11 @@ def weights_restored(tensors: Iterable[Tensor]) -> Iterator[Callable[[], None]]:
 
     Yields a function that does so before.
     """
-    copies = [(tensor, tensor.detach().clone()) for tensor in tensors]
+    copies = [(tensor, local(tensor.detach()).clone()) for tensor in tensors]
 
     def restore() -> None:
         for tensor, copy in copies:
-            tensor.detach().copy_(copy)
+            local(tensor.detach()).copy_(copy)
 
     try:
         yield restore
@@ -265,12 +267,14 @@ def weights_restored(tensors: Iterable[Tensor]) -> Iterator[Callable[[], None]]:
         restore()
 
 
-class _Target(NamedTuple):
+class Target(NamedTuple):
+    """A parameter and the name of its mask."""
+
     name: str
     parameter: nn.Parameter
 
 
-def _targets(model: nn.Module, masks: Masks) -> list[_Target]:
+def matched(model: nn.Module, masks: Masks) -> list[Target]:
     """Match masks to parameters, or raise before anything is changed."""
     model = unwrapped(model)
     parameters = dict(model.named_parameters(remove_duplicate=False))
@@ -286,7 +290,7 @@ def _targets(model: nn.Module, masks: Masks) -> list[_Target]:
         if id(parameter) in named:
             raise ValueError(f"{name} and {named[id(parameter)]} are the same parameter: keep one of the two masks")
         named[id(parameter)] = name
-        targets.append(_Target(name, parameter))
+        targets.append(Target(name, parameter))
     return targets
 
 
@@ -300,8 +304,13 @@ def _missing(model: nn.Module, name: str) -> str:
     return f"the weight {reason}" if reason else f"{type(owner).__name__} has no such parameter"
 
 
-def _zero(target: _Target, masks: Masks) -> None:
+def _zero(target: Target, masks: Masks) -> None:
     # Written rather than multiplied: 0 * inf is NaN, and 0 * negative is -0.
+    if as_dtensor(target.parameter) is not None:
+        pruned = ~own_part(masks[target.name], target.parameter)
+        part = local(target.parameter.detach())
+        part.masked_fill_(pruned.to(part.device), 0)
+        return
     for slab, pruned in masks.pruned_slabs(target.name, target.parameter):
         slab.masked_fill_(pruned, 0)
 

@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TypeAlias
 
+import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from wcr_optim.parameters import Selector, prunable_weights
+from wcr_optim.parameters import Selector, prunable_weights, unwrapped
 from wcr_optim.pruning.masks import Masks, pack
-from wcr_optim.pruning.threshold import Scope, keepers
+from wcr_optim.pruning.shards import common_mesh, find_sharded_cuts, whole
+from wcr_optim.pruning.threshold import (
+    CHUNK,
+    Cut,
+    Keeper,
+    Scope,
+    Stream,
+    check_scope,
+    chunks,
+    find_cuts,
+    keepers,
+    magnitude_bits,
+)
 
 Selection: TypeAlias = "Iterable[Selector] | Selector"
 
@@ -29,6 +43,9 @@ def magnitude_masks(
     a lower one keeps. The sparsity is a share of all selected weights, those that are zero already among them: pruning
     an already pruned model at the same sparsity changes nothing.
 
+    Weights that are DTensors (FSDP2, tensor parallelism) are ranked over all ranks of their mesh, which must all
+    enter, and give every rank the same masks as the undivided weights would.
+
     Args:
         model: The model; ``torch.compile`` and data-parallel wrappers around it are looked through.
         sparsity: Share of the weights to prune, in [0, 1].
@@ -45,7 +62,114 @@ def magnitude_masks(
             prune, and as `prunable_weights`.
     """
     weights = selected(model, exclude, include)
-    bits = {name: pack(keeper(tensor), tensor.numel()) for name, tensor, keeper in keepers(weights, sparsity, scope)}
+    (cuts,) = weight_cuts(weights, (sparsity,), scope)
+    bits = {
+        name: pack(keeper(whole(tensor)), tensor.numel())
+        for (name, tensor), keeper in zip(weights.items(), weight_keepers(cuts), strict=True)
+    }
+    return Masks.from_bits(bits, {name: tensor.shape for name, tensor in weights.items()})
+
+
+def stream_masks(stream: Stream, sparsity: float, scope: Scope = "global") -> Masks:
+    """Keep the weights of largest magnitude among tensors that need not exist at the same time.
+
+    For checkpoints larger than the memory: beside the masks themselves, it takes the memory of one tensor.
+
+    Args:
+        stream: Called for every pass (three for float32 and narrower types, five for float64), returns the named
+            weights in the same order and with the same values each time.
+        sparsity: Share of the weights to prune, in [0, 1].
+        scope: As in `magnitude_masks` (default: "global")
+
+    Returns:
+        Masks of all tensors of the stream.
+
+    Raises:
+        ValueError: If the sparsity lies outside [0, 1], the scope is unknown, or a weight is NaN.
+    """
+    bits, shapes = {}, {}
+    for name, tensor, keeper in keepers(stream, sparsity, scope):
+        bits[name] = pack(keeper(tensor), tensor.numel())
+        shapes[name] = tensor.shape
+    return Masks.from_bits(bits, shapes)
+
+
+def random_masks(
+    model: nn.Module,
+    sparsity: float,
+    scope: Scope = "global",
+    seed: int = 0,
+    exclude: Selection = (),
+    *,
+    include: Selection | None = None,
+) -> Masks:
+    """Keep randomly chosen weights: the floor that every criterion has to beat.
+
+    Args:
+        model: The model.
+        sparsity: Share of the weights to prune, in [0, 1].
+        scope: Draw from all weights together, or the same share from each layer (default: "global")
+        seed: Of the draw; global random state is neither used nor changed. With one seed, a higher sparsity keeps a
+            subset of what a lower one keeps (default: 0)
+        exclude: As in `magnitude_masks` (default: ())
+        include: As in `magnitude_masks` (default: None)
+
+    Returns:
+        Masks with the counts of `magnitude_masks`.
+
+    Raises:
+        ValueError: As `magnitude_masks`.
+    """
+    shapes = {name: tensor.shape for name, tensor in selected(model, exclude, include).items()}
+
+    def noise() -> Iterator[tuple[str, Tensor]]:
+        generator = torch.Generator().manual_seed(seed)
+        for name, shape in shapes.items():
+            yield name, torch.rand(shape, generator=generator)
+
+    return stream_masks(noise, sparsity, scope)
+
+
+def n_m_masks(
+    model: nn.Module, n: int = 2, m: int = 4, exclude: Selection = (), *, include: Selection | None = None
+) -> Masks:
+    """Keep the n largest of every m consecutive weights along the input dimension.
+
+    The pattern of sparse matrix units (2:4) and its relatives (4:8, 1:4). The input dimension is the second one of
+    linear, convolutional, recurrent and attention weights, the first one of GPT-2's ``Conv1D`` and of transposed
+    convolutions. Equal magnitudes are told apart by position, the earlier being kept. Layers whose input dimension is
+    no multiple of m stay dense, as sparse kernels have no form for them: their masks keep everything.
+
+    Args:
+        model: The model.
+        n: Weights to keep of every m (default: 2)
+        m: Length of the groups (default: 4)
+        exclude: Layers to leave dense, in the forms that `prunable_weights` takes (default: ())
+        include: Prune only these; None stands for all prunable weights (default: None)
+
+    Returns:
+        Masks of the weights that `prunable_weights` selects.
+
+    Raises:
+        ValueError: If not 0 <= n <= m with m >= 1, a weight is NaN, no layer's input dimension is a multiple of m, a
+            layer has no known input dimension, and as `prunable_weights`.
+    """
+    if not (m >= 1 and 0 <= n <= m):
+        raise ValueError(f"an N:M pattern needs 0 <= n <= m and m >= 1, got {n}:{m}")
+    model = unwrapped(model)
+    weights = selected(model, exclude, include)
+    layouts = {name: _input_dimension(model, name, tensor) for name, tensor in weights.items()}
+    fitting = [name for name, (dim, groups) in layouts.items() if weights[name].shape[dim] // groups % m == 0]
+    if not fitting:
+        sizes = {name: weights[name].shape[dim] for name, (dim, _) in list(layouts.items())[:3]}
+        raise ValueError(f"no layer's input dimension is a multiple of m={m}; the first ones are {sizes}")
+    bits = {}
+    for name, tensor in weights.items():
+        if name in fitting:
+            mask = _n_of_m(name, whole(tensor), layouts[name][0], n, m)
+        else:
+            mask = torch.ones(tensor.shape, dtype=torch.bool)
+        bits[name] = pack(chunks(mask), tensor.numel())
     return Masks.from_bits(bits, {name: tensor.shape for name, tensor in weights.items()})
 
 
@@ -58,3 +182,60 @@ def selected(model: nn.Module, exclude: Selection, include: Selection | None) ->
             "is left beside norms, embeddings and what was excluded"
         )
     return weights
+
+
+def weight_cuts(weights: Mapping[str, Tensor], sparsities: Sequence[float], scope: Scope) -> list[list[Cut]]:
+    """Return for every sparsity one cut per weight; it is the same object for weights that are ranked together."""
+    check_scope(scope)
+    mesh = common_mesh(weights)
+
+    def find(tensors: Mapping[str, Tensor]) -> list[Cut]:
+        return find_cuts(tensors.items, sparsities) if mesh is None else find_sharded_cuts(tensors, sparsities, mesh)
+
+    if scope == "global":
+        return [[cut] * len(weights) for cut in find(weights)]
+    by_weight = [find({name: tensor}) for name, tensor in weights.items()]
+    return [list(cuts) for cuts in zip(*by_weight, strict=True)]
+
+
+def weight_keepers(cuts: Sequence[Cut]) -> list[Keeper]:
+    """Return a keeper for every weight, shared by those that share a cut."""
+    shared = {id(cut): Keeper(cut) for cut in cuts}
+    return [shared[id(cut)] for cut in cuts]
+
+
+def _input_dimension(model: nn.Module, name: str, weight: Tensor) -> tuple[int, int]:
+    """Return the dimension that a layer sums over, and the number of groups that lie along it."""
+    owner = model.get_submodule(name.rpartition(".")[0])
+    if isinstance(owner, _ConvTransposeNd):
+        return 0, owner.groups
+    if type(owner).__name__ == "Conv1D" and hasattr(owner, "nf"):  # GPT-2's, without importing transformers
+        return 0, 1
+    if isinstance(owner, _ConvNd) or weight.ndim == 2:
+        return 1, 1
+    raise ValueError(
+        f"{name} of {type(owner).__name__} has {weight.ndim} dimensions, and which of them is the input is not known: "
+        f"leave it dense with exclude=[{name!r}]"
+    )
+
+
+def _n_of_m(name: str, weight: Tensor, dim: int, n: int, m: int) -> Tensor:
+    by_row = weight.movedim(dim, -1)
+    keep = torch.empty(by_row.shape, dtype=torch.bool, device=weight.device)
+    rows = max(1, CHUNK // max(1, by_row[0].numel()))
+    for part, out in zip(torch.split(by_row, rows), torch.split(keep, rows), strict=True):
+        if any(bool(chunk.isnan().any()) for chunk in chunks(part)):
+            raise ValueError(f"{name} holds NaN, which has no rank: repair the weights before pruning")
+        bits = magnitude_bits(part, torch.float64 if part.dtype is torch.float64 else torch.float32)
+        group = bits.reshape(-1, m).t().contiguous()
+        out.copy_(_among_largest(group, n).t().reshape(out.shape))
+    return keep.movedim(-1, dim)
+
+
+def _among_largest(group: Tensor, n: int) -> Tensor:
+    """Mark the n largest of the first dimension, of equal ones the earlier."""
+    keep = torch.empty(group.shape, dtype=torch.bool, device=group.device)
+    for place, values in enumerate(group):
+        ahead = (group[:place] >= values).sum(0) + (group[place + 1 :] > values).sum(0)
+        keep[place] = ahead < n
+    return keep

@@ -13,8 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from wcr_optim.layout import as_dtensor, local
 from wcr_optim.parameters import unwrapped
 from wcr_optim.pruning.batchnorm import (
     Forward,
@@ -23,8 +25,9 @@ from wcr_optim.pruning.batchnorm import (
     training_flags_restored,
 )
 from wcr_optim.pruning.masks import weights_restored
-from wcr_optim.pruning.select import Selection, selected
-from wcr_optim.pruning.threshold import Cut, Keeper, Scope, check_scope, check_sparsity, find_cuts, slabs
+from wcr_optim.pruning.select import Selection, selected, weight_cuts, weight_keepers
+from wcr_optim.pruning.shards import own_part, whole
+from wcr_optim.pruning.threshold import Keeper, Scope, check_sparsity, slabs
 
 Evaluate = Callable[[nn.Module], "float | Mapping[str, float]"]
 
@@ -163,45 +166,37 @@ def sweep(
     sparsities = [check_sparsity(sparsity) for sparsity in sparsities]
     if not sparsities:
         raise ValueError("sparsities must name at least one sparsity to evaluate at")
-    check_scope(scope)
     plain = unwrapped(model)
     weights = selected(plain, exclude, include)
     if isinstance(calibration, Iterator):
         calibration = list(calibration)  # needed again at every sparsity
-    prunings = _prunings(weights, sparsities, scope)
+    prunings = weight_cuts(weights, sparsities, scope)
     total = sum(tensor.numel() for tensor in weights.values())
     rows = []
     statistics = statistics_restored(plain) if calibration is not None else nullcontext()
     with training_flags_restored(model), statistics, weights_restored(weights.values()) as restore:
         for sparsity, cuts in _with_progress(list(zip(sparsities, prunings, strict=True)), progress):
             restore()
-            _prune_(weights, cuts)
+            for tensor, keeper in zip(weights.values(), weight_keepers(cuts), strict=True):
+                _prune_(tensor, keeper)
             for module in model.modules():
                 module.training = False
             if calibration is not None:
                 recalibrate_batchnorm(plain, calibration, forward)
             found = evaluate(model)
             metrics = dict(found) if isinstance(found, Mapping) else {"score": float(found)}
-            pruned = cuts[0].pruned if scope == "global" else sum(cut.pruned for cut in cuts)
+            pruned = sum(cut.pruned for cut in {id(cut): cut for cut in cuts}.values())
             rows.append(SweepRow(sparsity, pruned, total, metrics))
     return SweepResult(tuple(rows), scope, calibration is not None)
 
 
-def _prunings(weights: Mapping[str, Tensor], sparsities: Sequence[float], scope: Scope) -> list[list[Cut]]:
-    """Return the cuts of every sparsity: a single one, or one per weight."""
-    if scope == "global":
-        return [[cut] for cut in find_cuts(weights.items, sparsities)]
-    by_weight = [find_cuts({name: tensor}.items, sparsities) for name, tensor in weights.items()]
-    return [list(cuts) for cuts in zip(*by_weight, strict=True)]
-
-
-def _prune_(weights: Mapping[str, Tensor], cuts: Sequence[Cut]) -> None:
-    keepers = [Keeper(cut) for cut in cuts]
-    if len(keepers) == 1:
-        keepers *= len(weights)
-    for tensor, keeper in zip(weights.values(), keepers, strict=True):
-        for slab, keep in zip(slabs(tensor), keeper(tensor), strict=True):
-            slab.masked_fill_(~keep.view(slab.shape), 0)
+def _prune_(tensor: Tensor, keeper: Keeper) -> None:
+    if as_dtensor(tensor) is not None:
+        keep = torch.cat(list(keeper(whole(tensor)))).view(tensor.shape)
+        local(tensor.detach()).masked_fill_(~own_part(keep, tensor), 0)
+        return
+    for slab, keep in zip(slabs(tensor), keeper(tensor), strict=True):
+        slab.masked_fill_(~keep.view(slab.shape), 0)
 
 
 def _with_progress(steps: Sequence[Any], progress: bool | None) -> Iterable[Any]:

@@ -98,7 +98,7 @@ def keep_masks(tensors: Mapping[str, Tensor], sparsity: float, scope: Scope = "g
         ValueError: If the sparsity lies outside [0, 1], the scope is unknown, or a tensor holds NaN.
     """
     masks = {}
-    for name, tensor, keeper in keepers(tensors, sparsity, scope):
+    for name, tensor, keeper in keepers(tensors.items, sparsity, scope):
         flat = torch.empty(tensor.numel(), dtype=torch.bool, device=tensor.device)
         start = 0
         for keep in keeper(tensor):
@@ -108,18 +108,16 @@ def keep_masks(tensors: Mapping[str, Tensor], sparsity: float, scope: Scope = "g
     return masks
 
 
-def keepers(
-    tensors: Mapping[str, Tensor], sparsity: float, scope: Scope = "global"
-) -> Iterator[tuple[str, Tensor, Keeper]]:
+def keepers(stream: Stream, sparsity: float, scope: Scope = "global") -> Iterator[tuple[str, Tensor, Keeper]]:
     """Yield every tensor with the `Keeper` that marks it; to be consumed in order."""
     check_scope(scope)
     if scope == "global":
-        (cut,) = find_cuts(tensors.items, (sparsity,))
+        (cut,) = find_cuts(stream, (sparsity,))
         keeper = Keeper(cut)
-        for name, tensor in tensors.items():
+        for name, tensor in stream():
             yield name, tensor, keeper
     else:
-        for name, tensor in tensors.items():
+        for name, tensor in stream():
             (cut,) = find_cuts({name: tensor}.items, (sparsity,))
             yield name, tensor, Keeper(cut)
 

@@ -1,0 +1,74 @@
+"""Masks to and from torch.nn.utils.prune."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import prune
+
+from wcr_optim.parameters import unwrapped
+from wcr_optim.pruning.masks import Masks, matched
+
+
+def to_torch_prune(model: nn.Module, masks: Masks) -> None:
+    """Put masks on a model the way ``torch.nn.utils.prune`` does, in place.
+
+    Every masked ``weight`` becomes a parameter ``weight_orig``, a buffer ``weight_mask`` and a hook that multiplies
+    the two before each forward pass. Shared parameters are masked wherever they are held.
+
+    Args:
+        model: The model.
+        masks: Masks of some or all of its parameters.
+
+    Raises:
+        KeyError: As `apply_`.
+        ValueError: As `apply_`.
+    """
+    custom_from_mask: Callable[..., nn.Module] = prune.custom_from_mask
+    model = unwrapped(model)
+    for name, parameter in matched(model, masks):
+        mask = masks[name].to(parameter.device)
+        places = [
+            (module, own_name)
+            for module in model.modules()
+            for own_name, held in module._parameters.items()
+            if held is parameter
+        ]
+        for module, own_name in places:
+            custom_from_mask(module, own_name, mask)
+
+
+def from_torch_prune(model: nn.Module) -> Masks:
+    """Read the masks that ``torch.nn.utils.prune`` has put on a model, and leave it as it is.
+
+    They have the names that the parameters get back from ``torch.nn.utils.prune.remove``.
+
+    Args:
+        model: The model.
+
+    Returns:
+        Its masks; that of a shared parameter under its first name.
+
+    Raises:
+        ValueError: If the model has no such masks, or a shared parameter has different ones.
+    """
+    found: dict[str, Tensor] = {}
+    names: dict[int, str] = {}
+    for path, module in unwrapped(model).named_modules():
+        for own_name, original in module._parameters.items():
+            stem = own_name.removesuffix("_orig")
+            mask = module._buffers.get(f"{stem}_mask")
+            if original is None or mask is None or stem == own_name:
+                continue
+            name = f"{path}.{stem}" if path else stem
+            kept = mask != 0
+            if id(original) not in names:
+                names[id(original)] = name
+                found[name] = kept
+            elif not torch.equal(found[names[id(original)]], kept):
+                raise ValueError(f"{names[id(original)]} and {name} are one shared parameter with two different masks")
+    if not found:
+        raise ValueError("the model has no masks of torch.nn.utils.prune")
+    return Masks(found)
