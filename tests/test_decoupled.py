@@ -185,6 +185,14 @@ def test_biases_and_norms_are_left_alone_unless_the_group_asks(name):
     assert changed == [name != "l2" or p.ndim >= 2 for p in net.parameters()]
 
 
+def test_a_bare_bases_checkpoint_does_not_take_min_ndim_away():
+    net = small_net()
+    bare = sgd(net)
+    opt = WCR(torch.optim.SGD([{"params": list(net.parameters()), "min_ndim": 1}], lr=0.1))
+    opt.load_state_dict(bare.state_dict())
+    assert opt.param_groups[0]["min_ndim"] == 1
+
+
 @each
 def test_frozen_and_unused_parameters_are_left_alone(name):
     net = small_net()

@@ -56,6 +56,8 @@ class Decoupled(OptimizerWrapper):
         The idea of decoupling: Loshchilov & Hutter, "Decoupled Weight Decay Regularization", ICLR 2019.
     """
 
+    group_keys = ("min_ndim",)
+
     def __init__(
         self,
         base: Optimizer,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import inspect
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -48,6 +48,8 @@ class OptimizerWrapper(Optimizer):
     """
 
     base: Optimizer
+    #: Keys without a default that a group may have and that a checkpoint which lacks them must not take away.
+    group_keys: ClassVar[tuple[str, ...]] = ()
 
     # Optimizer.__init__ is not called: it would make groups and state of its own beside the base's.
     def __init__(self, base: Optimizer, **options: Any) -> None:
@@ -192,7 +194,8 @@ class OptimizerWrapper(Optimizer):
             replaced = pre_hook(self, state_dict)
             if replaced is not None:
                 state_dict = replaced
-        present = [{option: group[option] for option in self.option_names} for group in self._filled_groups()]
+        known = self.option_names + self.group_keys
+        present = [{key: group[key] for key in known if key in group} for group in self._filled_groups()]
         saved_groups = state_dict["param_groups"]
         for index, (saved, kept, group) in enumerate(zip(saved_groups, present, self.param_groups, strict=False)):
             self._check_group(kept | saved | {"params": group["params"]}, index)
@@ -241,8 +244,10 @@ class OptimizerWrapper(Optimizer):
         self._fill_options()
         return self.param_groups
 
-    def _fill_options(self, values: list[dict[str, Any]] | None = None) -> None:
+    def _fill_options(self, present: Sequence[Mapping[str, Any]] = ()) -> None:
+        """Set what groups lack: to the values given for each group, else to the defaults."""
+        defaults = {option: self.defaults[option] for option in self.option_names}
         for index, group in enumerate(self.param_groups):
-            known = values[index] if values else {}
-            for option in self.option_names:
-                group.setdefault(option, known.get(option, self.defaults[option]))
+            values = present[index] if present else {}
+            for key, value in {**defaults, **values}.items():
+                group.setdefault(key, value)
