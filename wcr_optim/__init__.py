@@ -3,9 +3,10 @@
 Weight concentration as a decoupled step inside ``optimizer.step()``, around any optimizer.
 """
 
-from wcr_optim import penalties
+from wcr_optim import metrics, penalties, plots, pruning
 from wcr_optim.decoupled import WCR, Decoupled, HoyerDecay, L1Decay, L2Decay
 from wcr_optim.optimizers import SGD, AdamW
+from wcr_optim.parameters import param_groups
 from wcr_optim.wrapper import OptimizerWrapper
 
 __version__ = "0.1.0"
@@ -19,5 +20,9 @@ __all__ = [
     "L1Decay",
     "L2Decay",
     "OptimizerWrapper",
+    "metrics",
+    "param_groups",
     "penalties",
+    "plots",
+    "pruning",
 ]

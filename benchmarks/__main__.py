@@ -1,0 +1,39 @@
+"""``python -m benchmarks NAME [OPTIONS]`` runs a measurement; ``python -m benchmarks`` lists them."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+BENCHMARKS = {
+    "demo": "accuracy after one-shot pruning, a small CNN on scikit-learn's digits",
+    "pruning": "time and memory of exact magnitude masks against torch.nn.utils.prune",
+    "inference": "speed of pruned layers in sparse formats against dense ones",
+    "sharpness-cost": "a training step of SAM and SSAM against their base's",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the measurement that the first argument names."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(__doc__, end="\n\n")
+        print("\n".join(f"  {name:16}{what}" for name, what in BENCHMARKS.items()))
+        return 0
+    name, *rest = arguments
+    if name not in BENCHMARKS:
+        print(f"unknown benchmark {name!r}; choose one of {', '.join(BENCHMARKS)}", file=sys.stderr)
+        return 2
+    try:
+        benchmark = importlib.import_module(f"benchmarks.{name.replace('-', '_')}")
+    except ModuleNotFoundError as missing:
+        if (missing.name or "").split(".")[0] in ("benchmarks", "wcr_optim"):
+            raise
+        print(f"{missing}; install it with: pip install 'wcr_optim[bench]'", file=sys.stderr)
+        return 2
+    return benchmark.main(rest) or 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""The tasks that methods are compared on, one small file each."""

@@ -1,0 +1,61 @@
+"""Handwritten digits: scikit-learn's 1,797 real 8x8 images in ten classes, and a small CNN with BatchNorm."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+from torch import Tensor, nn
+
+NAME = "digits_cnn"
+
+
+class Split(NamedTuple):
+    """Images, shape (n, 1, 8, 8), in [0, 1], and labels, shape (n,)."""
+
+    images: Tensor
+    labels: Tensor
+
+
+def load() -> dict[str, Split]:
+    """Split the images into train (1,078), validation (269) and test (450), always the same, stratified by class."""
+    digits = load_digits()
+    rest_x, test_x, rest_y, test_y = train_test_split(
+        digits.images, digits.target, test_size=450, stratify=digits.target, random_state=0
+    )
+    train_x, validation_x, train_y, validation_y = train_test_split(
+        rest_x, rest_y, test_size=269, stratify=rest_y, random_state=0
+    )
+    return {
+        name: Split(torch.tensor(x / 16.0, dtype=torch.float32).unsqueeze(1), torch.tensor(y))
+        for name, x, y in [
+            ("train", train_x, train_y),
+            ("validation", validation_x, validation_y),
+            ("test", test_x, test_y),
+        ]
+    }
+
+
+def cnn() -> nn.Module:
+    """Three 3x3 convolutions with BatchNorm, global average pooling and a linear classifier; 94 k parameters."""
+
+    def block(inputs: int, outputs: int) -> list[nn.Module]:
+        return [nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()]
+
+    return nn.Sequential(
+        *block(1, 32),
+        *block(32, 64),
+        nn.MaxPool2d(2),
+        *block(64, 128),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(128, 10),
+    )
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, split: Split) -> float:
+    """Return the share of images classified right, in percent."""
+    return 100 * (model(split.images).argmax(1) == split.labels).double().mean().item()
