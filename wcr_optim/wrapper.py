@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any, ClassVar
 
 import torch
@@ -135,8 +136,12 @@ class OptimizerWrapper(Optimizer):
         self.update()
         return loss
 
-    def gather(self, closure: Closure | None) -> Any:
-        """Leave the gradient to use in `.grad` and the weights where they were; return the loss."""
+    def gather(self, closure: Closure | None = None) -> Any:
+        """Leave the gradient to use in `.grad` and the weights where they were; return the loss.
+
+        What step() begins with, for loops that do something to that gradient before `step()`, then without a closure:
+        unscale it, clip it, or skip the step.
+        """
         if isinstance(self.base, OptimizerWrapper):
             return self.base.gather(closure)
         if self._base_runs_closure:
@@ -155,6 +160,36 @@ class OptimizerWrapper(Optimizer):
         elif not self._base_runs_closure:
             self.base.step()
 
+    def first_step(self) -> bool:
+        """Move to the weights of the second pass, where an optimizer below takes two (SAM, SparseSAM, CrAM).
+
+        Returns:
+            Whether there is a second pass to run, at other weights than the first.
+
+        Raises:
+            RuntimeError: If no optimizer below takes two passes, or they are under way already.
+
+        """
+        return self._wrapper_below().first_step()
+
+    def second_step(self) -> None:
+        """Take the step that `first_step` began, given the second pass's gradients.
+
+        Raises:
+            RuntimeError: If no first_step() came before.
+
+        """
+        self._check_second_step()
+        self.step()
+
+    def _check_second_step(self) -> None:
+        self._wrapper_below()._check_second_step()
+
+    def _wrapper_below(self) -> OptimizerWrapper:
+        if not isinstance(self.base, OptimizerWrapper):
+            raise RuntimeError(f"{type(self.base).__name__} takes one pass over the data a step: call step()")
+        return self.base
+
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients, as torch.optim.Optimizer.zero_grad."""
         self.base.zero_grad(set_to_none=set_to_none)
@@ -168,6 +203,12 @@ class OptimizerWrapper(Optimizer):
         """Bring the true weights into place for evaluation, where an optimizer below trains at others (SSAM)."""
         if hasattr(self.base, "eval"):
             self.base.eval()
+
+    @contextmanager
+    def true_weights(self) -> Iterator[None]:
+        """Have the true weights in place for a block, as between `eval` and `train`, and then what was there before."""
+        with self.base.true_weights() if isinstance(self.base, OptimizerWrapper) else nullcontext():
+            yield
 
     def state_dict(self) -> dict[str, Any]:
         """Return the base's state_dict, the options in its groups included."""
