@@ -56,7 +56,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     draw(rows, methods, folder / "demo.png")
     print(table(rows, methods))
     print(
-        f"\nAccuracy in percent on {options.split} images, mean ± sample standard deviation over {options.seeds} seeds. "
+        f"\nAccuracy in percent on {options.split} images, mean ± sample standard deviation over "
+        f"{options.seeds} seeds. "
         f"One-shot global magnitude pruning of {rows[0]['prunable']:,} of {rows[0]['parameters']:,} parameters, "
         f"BatchNorm statistics estimated anew on training images, no retraining."
     )
@@ -69,10 +70,12 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--methods", default="sgd", help=f"bases, comma-separated, of {','.join(BASES)} (default: sgd)")
     parser.add_argument(
         "--wcr",
-        choices=("forms", "both", "with", "without"),
-        default="forms",
-        help="each base alone, with WCR and with scale-free WCR (forms, the default), alone and with WCR (both), "
-        "only with WCR (with) or alone (without)",
+        choices=("both", "with", "without"),
+        default="both",
+        help="each base with weight concentration, without it, or both (default: both)",
+    )
+    parser.add_argument(
+        "--forms", default=",".join(FORMS), help=f"of weight concentration (default: {','.join(FORMS)})"
     )
     parser.add_argument("--strength", type=float, help="of weight concentration (default: chosen on validation)")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each method (default: 3)")
@@ -84,22 +87,22 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     for name in ("seeds", "epochs", "jobs"):
         if getattr(options, name) < 1:
             parser.error(f"--{name} must be at least 1, got {getattr(options, name)}")
-    unknown = [base for base in options.methods.split(",") if base not in BASES]
-    if unknown:
-        parser.error(f"unknown method {unknown[0]!r}; choose of {', '.join(BASES)}")
+    for name, known in (("methods", BASES), ("forms", FORMS)):
+        unknown = [entry for entry in getattr(options, name).split(",") if entry not in known]
+        if unknown:
+            parser.error(f"--{name}: unknown {unknown[0]!r}; choose of {', '.join(known)}")
     return options
 
 
 def _methods(options: argparse.Namespace) -> list[Method]:
-    forms: dict[str, list[str | None]] = {
-        "forms": [None, *FORMS],
-        "both": [None, "scale_free"],
-        "with": ["scale_free"],
-        "without": [None],
-    }
+    forms: list[str | None] = []
+    if options.wcr != "with":
+        forms.append(None)
+    if options.wcr != "without":
+        forms += options.forms.split(",")
     return [
         Method(base, form, STRENGTHS[form] if options.strength is None or form is None else options.strength)
-        for base, form in itertools.product(options.methods.split(","), forms[options.wcr])
+        for base, form in itertools.product(options.methods.split(","), forms)
     ]
 
 
@@ -130,7 +133,7 @@ _epochs_done: Any = None
 
 
 def _start(counter: Any) -> None:
-    global _epochs_done  # noqa: PLW0603
+    global _epochs_done
     _epochs_done = counter
     torch.set_num_threads(1)
 
