@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from wcr_optim.layout import local
 from wcr_optim.moments import Moments, accumulator, counts, moments
-from wcr_optim.penalties import L1, L2, HoyerSquare, InverseVariance, Penalty, ScaleFree
+from wcr_optim.penalties import L1, L2, HoyerSquare, InverseVariance, Penalty, Relative, ScaleFree
 from wcr_optim.shrink import shrink_
 from wcr_optim.wrapper import OptimizerWrapper
 
@@ -160,8 +160,8 @@ class WCR(Decoupled):
     Args:
         base: The optimizer instance to wrap.
         weight_concentration: Default strength; also the key in the groups (default: 1e-3).
-        form: "inverse_variance", the preprint's 1 / (V + eps), or "scale_free", n q / V (default:
-            "inverse_variance").
+        form: "inverse_variance", the preprint's 1 / (V + eps), "scale_free", n q / V, or "relative", the same with a
+            step that does not depend on the weights' scale (default: "inverse_variance").
         eps: Added to V in the preprint's form; the scale-free form has none (default: 1e-8).
         max_growth: Bound on a weight's growth in one step, gain <= 1 + max_growth (default: 0.1).
         stochastic_rounding: Whether to round weights of less than 32 bits stochastically (default: True).
@@ -264,7 +264,9 @@ def concentration_penalty(form: str, eps: float, max_growth: float) -> Penalty:
         return InverseVariance(eps, max_growth)
     if form == "scale_free":
         return ScaleFree(max_growth)
-    raise ValueError(f"unknown form {form!r}; choose 'inverse_variance' (the preprint's) or 'scale_free'")
+    if form == "relative":
+        return Relative(max_growth)
+    raise ValueError(f"unknown form {form!r}; choose 'inverse_variance' (the preprint's), 'scale_free' or 'relative'")
 
 
 def _check_weight(w: Tensor, where: str) -> None:

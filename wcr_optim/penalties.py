@@ -125,11 +125,15 @@ class _EnergyPreserving(Penalty):
     def log_ratio(self, r: Tensor, sigma: Tensor) -> Tensor:
         """Return delta = ln(x'/x) <= 0 for 0 < r = x/q < 1 and sigma = 4 s / q, all of shape (layers,)."""
 
+    def sigma(self, moments: Moments, s: float | Tensor) -> Tensor:
+        """Return the dimensionless step length 4 s / q."""
+        return 4 * s / moments.q
+
     def flow(self, moments: Moments, s: float | Tensor) -> tuple[Tensor, Tensor]:
         """Return (sqrt(V'/V), mu - mu'/gain), max_growth bounding delta from below."""
         x, variance = moments.mu.square(), moments.variance
         most = ((1 + self.max_growth) ** 2 - 1) * variance / x  # of x that V may take without outgrowing max_growth
-        delta = self.log_ratio(x / moments.q, 4 * s / moments.q).maximum((-most).clamp(min=-1).log1p())
+        delta = self.log_ratio(x / moments.q, self.sigma(moments, s)).maximum((-most).clamp(min=-1).log1p())
         log_gain = (-x / variance * delta.expm1()).log1p() / 2
         return _where_spread(moments, log_gain.exp(), -moments.mu * torch.expm1(delta / 2 - log_gain))
 
@@ -165,6 +169,27 @@ class ScaleFree(_EnergyPreserving):
         for _ in range(5):
             delta = delta - (delta - r * delta.expm1() + sigma) / (1 - r * delta.exp())
         return delta
+
+
+@dataclass(frozen=True)
+class Relative(ScaleFree):
+    """WCR in scale-free form, its step measured in units of the layer's own energy: s becomes s q, so sigma = 4 s.
+
+    The gradient of a scale-invariant value falls as 1/|w|, so how far `ScaleFree` turns a layer depends on how large
+    its weights happen to be; times q it does not, nor on the layer's size. The flow keeps q, therefore it is still
+    exact, that of q n q / V with the q of the step's start held fixed. For small s a step removes about 2 s of the
+    mean magnitude. This form is this package's, not the paper's.
+
+    Args:
+        max_growth: Bound on the growth of one step, gain <= 1 + max_growth (default: 0.1).
+
+    Raises:
+        ValueError: If max_growth is not positive.
+    """
+
+    def sigma(self, moments: Moments, s: float | Tensor) -> Tensor:
+        """Return the dimensionless step length 4 s."""
+        return 4 * s * torch.ones_like(moments.q)
 
 
 @dataclass(frozen=True)

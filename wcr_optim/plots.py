@@ -19,6 +19,7 @@ from wcr_optim.pruning.sweep import SweepResult
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<")  # as many as have no factor in common with the colours
@@ -116,6 +117,62 @@ def sparsity_accuracy(
     names = [result.metrics[0] for result in _sweeps(results.values())]
     ax.set_ylabel(ylabel or metric or (names[0] if names else "score"))
     return _finished(ax, len(curves), path)
+
+
+def training_curves(
+    history: Sequence[Sequence[float]],
+    path: str | os.PathLike[str] | None = None,
+    accuracy: Sequence[tuple[int, float]] | None = None,
+    *,
+    goal: float | None = None,
+) -> Figure:
+    """Draw what `wcr_optim.SparsityTarget` measured over training: tail and path, strength, smoothed loss.
+
+    Args:
+        history: Rows of step, tail, wanted tail, strength and smoothed loss (NaN without one).
+        path: Where to save the figure, in the format of its suffix (default: None)
+        accuracy: Pairs of a step and an accuracy, for a panel of its own (default: None)
+        goal: Tail at the end of the path, drawn as a line (default: None)
+
+    Returns:
+        The figure.
+
+    Raises:
+        ValueError: If nothing was measured.
+        ImportError: If matplotlib is not installed.
+    """
+    if not history:
+        raise ValueError("nothing was measured yet: take a step first")
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("figures need matplotlib: pip install 'wcr_optim[plot]'") from error
+    step, tail, wanted, strength, loss = np.array(history, dtype=float).T
+    panels = [("tail (share of energy)", step, tail), ("strength", step, strength)]
+    if np.isfinite(loss).any():
+        panels.append(("training loss", step, loss))
+    if accuracy:
+        panels.append(("accuracy", *np.array(accuracy, dtype=float).T))
+    figure = Figure(figsize=(6.4, 1.8 * len(panels)), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(len(panels), sharex=True, squeeze=False)[:, 0]
+    for ax, (label, x, y), colour in zip(axes, panels, _COLOURS, strict=False):
+        ax.plot(x, y, color=colour, linewidth=1.6, zorder=3, label="measured")
+        ax.set_ylabel(label)
+        ax.grid(color="0.92", linewidth=0.8, zorder=0)
+        ax.spines[["top", "right"]].set_visible(False)
+    for ax in axes[:2]:
+        if (np.array([line.get_ydata() for line in ax.lines]) > 0).any():
+            ax.set_yscale("log", nonpositive="mask")
+    axes[0].plot(step, wanted, color="0.55", linewidth=1.2, linestyle="--", zorder=2, label="wanted")
+    if goal is not None:
+        axes[0].axhline(goal, color="0.55", linewidth=1.2, linestyle=":", zorder=1, label=f"goal {goal:g}")
+    axes[0].legend(edgecolor="none", framealpha=0.9, fontsize="small")
+    axes[-1].set_xlabel("step")
+    if path is not None:
+        figure.savefig(path, dpi=200)
+    return figure
 
 
 def _curve(model: nn.Module | Concentration | EnergyCurve) -> EnergyCurve:

@@ -1,0 +1,338 @@
+"""SparsityTarget against tuned strengths: l1, Hoyer-square, WCR in every form, on digits and language.
+
+    python -m benchmarks target train --task digits_mlp --optimizer sgd --method hoyer --strengths grid --seeds 0,1
+    python -m benchmarks target train --task digits_mlp --optimizer sgd --method target --goals 0.9,0.95,0.98
+
+Every training run prunes once at rising sparsities and appends its rows to a CSV file; runs that the file already
+holds are skipped, so a killed command continues where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+import itertools
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.optim import Optimizer
+
+from benchmarks.tasks import digits, language
+from wcr_optim import WCR, HoyerDecay, L1Decay, SparsityTarget, param_groups, pruning
+
+SPARSITIES = (0.0, 0.5, 0.7, 0.8, 0.9, 0.95, 0.97, 0.98, 0.99)
+CACHE = Path("results/cache")
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is trained: a model, its batches and how it is measured.
+
+    Attributes:
+        metric: Name of what `evaluate` returns.
+        best: max or min, whichever is better.
+        steps: Optimizer steps of a run at batch scale 1.
+        model: Builds the model of a seed.
+        batches: Yields the batches of (seed, steps, batch scale).
+        loss: Loss of (model, batch).
+        evaluate: Measures (model, name of a split).
+        calibration: Batches for BatchNorm, None where there is none.
+        exclude: What is not pruned, as in `pruning.sweep`.
+        goals: The sparsities that SparsityTarget is asked for.
+    """
+
+    metric: str
+    best: Callable[..., Any]
+    steps: int
+    model: Callable[[int], nn.Module]
+    batches: Callable[[int, int, int], Iterator[Any]]
+    loss: Callable[[nn.Module, Any], Tensor]
+    evaluate: Callable[[nn.Module, str], float]
+    calibration: Callable[[], list[Tensor]] | None = None
+    exclude: tuple[str, ...] = ()
+    goals: tuple[float, ...] = (0.9, 0.95, 0.98)
+
+
+def _digits(build: Callable[[], nn.Module], calibrated: bool) -> Task:
+    data = digits.load()
+
+    def model(seed: int) -> nn.Module:
+        torch.manual_seed(seed)
+        return build()
+
+    def batches(seed: int, steps: int, scale: int) -> Iterator[tuple[Tensor, Tensor]]:
+        train, size, done = data["train"], 64 * scale, 0
+        generator = torch.Generator().manual_seed(seed)
+        while True:
+            order = torch.randperm(len(train.images), generator=generator)
+            for index in order[: len(order) // size * size].view(-1, size):
+                if done == steps:
+                    return
+                done += 1
+                yield train.images[index], train.labels[index]
+
+    return Task(
+        metric="accuracy",
+        best=max,
+        steps=640,
+        model=model,
+        batches=batches,
+        loss=lambda network, batch: cross_entropy(network(batch[0]), batch[1]),
+        evaluate=lambda network, split: digits.accuracy(network, data[split]),
+        calibration=(lambda: [data["train"].images]) if calibrated else None,
+    )
+
+
+def _language() -> Task:
+    return Task(
+        metric="bits_per_byte",
+        best=min,
+        steps=400,
+        model=lambda seed: language.pretrained(0, CACHE),
+        batches=lambda seed, steps, scale: language.batches(
+            language.load().train, steps, 1000 + seed, language.BATCH * scale
+        ),
+        loss=language.loss,
+        evaluate=lambda network, split: language.bits_per_byte(network, getattr(language.load(), split)),
+        exclude=("lm_head",),
+        goals=(0.5, 0.7, 0.8),
+    )
+
+
+TASKS: dict[str, Callable[[], Task]] = {
+    "digits_cnn": lambda: _digits(digits.cnn, calibrated=True),
+    "digits_mlp": lambda: _digits(digits.mlp, calibrated=False),
+    "language": _language,
+}
+OPTIMIZERS: dict[str, Callable[[list[dict[str, Any]], float], Optimizer]] = {
+    "sgd": lambda groups, scale: torch.optim.SGD(groups, lr=0.1 * scale, momentum=0.9),
+    "adamw": lambda groups, scale: torch.optim.AdamW(groups, lr=1e-3 * scale),
+}
+WEIGHT_DECAY = {"sgd": 5e-4, "adamw": 1e-2}
+FIXED: dict[str, Callable[[Optimizer, float], Optimizer]] = {
+    "none": lambda base, strength: base,
+    "l1": L1Decay,
+    "hoyer": HoyerDecay,
+    "wcr": WCR,
+    "scale_free": lambda base, strength: WCR(base, strength, form="scale_free"),
+    "relative": lambda base, strength: WCR(base, strength, form="relative"),
+}
+# The lowest of ten strengths, each 10^(1/3) times the one before, chosen so that the best one lies inside.
+LOWEST = {
+    ("digits", "sgd"): {"l1": 3e-5, "hoyer": 1e-4, "wcr": 3e-4, "scale_free": 1e-4, "relative": 1e-1},
+    ("digits", "adamw"): {"l1": 1e-3, "hoyer": 1e-2, "wcr": 1e-2, "scale_free": 1e-2, "relative": 1e0},
+    ("language", "adamw"): {"l1": 3e-3, "hoyer": 1e-3, "wcr": 3e-2, "scale_free": 1e-3, "relative": 3e-1},
+}
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One training run; its fields are the key by which the CSV knows it."""
+
+    task: str
+    optimizer: str
+    method: str
+    strength: float = 0.0
+    goal: float = 0.0
+    options: str = ""
+    seed: int = 0
+    split: str = "validation"
+    lr_scale: float = 1.0
+    batch_scale: int = 1
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        """Return the fields as a CSV file holds them."""
+        return tuple(str(value) for value in asdict(self).values())
+
+
+RESULTS = ("sparsity", "metric", "value", "tail", "last_strength", "steps", "seconds", "warned")
+
+
+def run_trial(trial: Trial) -> list[dict[str, Any]]:
+    """Train, prune at every sparsity and measure; one row per sparsity."""
+    torch.set_num_threads(1)
+    task = TASKS[trial.task]()
+    network = task.model(trial.seed)
+    decay = dict(o.split("=") for o in trial.options.split(";") if o).get("wd", WEIGHT_DECAY[trial.optimizer])
+    groups = param_groups(network, weight_decay=float(decay), weight_concentration=0.0, exclude=task.exclude)
+    base = OPTIMIZERS[trial.optimizer](groups, trial.lr_scale)
+    optimizer, target, steps = base, None, task.steps // trial.batch_scale
+    if trial.method in FIXED:
+        optimizer = FIXED[trial.method](base, trial.strength)
+    else:
+        optimizer, target = _targeted(trial, base, steps)
+    for group in optimizer.param_groups[1:]:  # what is not pruned
+        for option in ("weight_concentration", "l1_decay", "hoyer_decay"):
+            if option in group:
+                group[option] = 0.0
+    for option in ("weight_concentration", "l1_decay", "hoyer_decay"):
+        if option in optimizer.param_groups[0] and trial.method in FIXED:
+            optimizer.param_groups[0][option] = trial.strength
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    started = time.perf_counter()
+    network.train()
+    said = ""
+    for batch in task.batches(trial.seed, steps, trial.batch_scale):
+        optimizer.zero_grad()
+        loss = task.loss(network, batch)
+        loss.backward()
+        optimizer.step()
+        if target is not None:
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always", UserWarning)
+                target.step(loss.detach())
+            said = " ".join([said, *(str(w.message) for w in caught)]).strip()
+        scheduler.step()
+    seconds = time.perf_counter() - started
+    network.eval()
+    result = pruning.sweep(
+        network,
+        lambda pruned: task.evaluate(pruned, trial.split),
+        SPARSITIES,
+        calibration=task.calibration() if task.calibration else None,
+        exclude=task.exclude,
+        progress=False,
+    )
+    common = {
+        "metric": task.metric,
+        "tail": "" if target is None else f"{target.last_tail:.4g}",
+        "last_strength": "" if target is None else f"{max(target.strengths()):.4g}",
+        "steps": steps,
+        "seconds": round(seconds, 1),
+        "warned": said,
+    }
+    return [
+        asdict(trial) | {"sparsity": row.sparsity, "value": round(value, 4)} | common
+        for row, value in zip(result.rows, result.values(), strict=True)
+    ]
+
+
+def _targeted(trial: Trial, base: Optimizer, steps: int) -> tuple[Optimizer, Any]:
+    _, _, form = trial.method.partition(":")
+    options = {name: _value(value) for name, value in (o.split("=") for o in trial.options.split(";") if o)}
+    options.pop("wd", None)
+    if form == "l1":
+        optimizer: Optimizer = L1Decay(base)
+    elif form == "hoyer":
+        optimizer = HoyerDecay(base)
+    else:
+        for group in base.param_groups[:1]:
+            group["weight_concentration"] = 1e-3
+        optimizer = WCR(base, form=form or "scale_free")
+    return optimizer, SparsityTarget(optimizer, trial.goal, steps, **options)
+
+
+def _value(text: str) -> Any:
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def run(trials: Sequence[Trial], path: Path, jobs: int) -> None:
+    """Run those trials that the file does not hold yet, appending each as it ends."""
+    done = {row_key(row) for row in read(path)}
+    todo = [trial for trial in trials if trial.key not in done]
+    print(f"{len(trials) - len(todo)} of {len(trials)} runs are in {path} already", flush=True)
+    if jobs == 1:
+        for trial in todo:
+            _append(run_trial(trial), path)
+        return
+    with ProcessPoolExecutor(jobs, get_context("spawn")) as pool:
+        for future in as_completed([pool.submit(run_trial, trial) for trial in todo]):
+            _append(future.result(), path)
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    """Read a CSV file of results, nothing if it does not exist."""
+    if not path.exists():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def row_key(row: dict[str, str]) -> tuple[str, ...]:
+    """Return the key of the trial that a row belongs to."""
+    return tuple(row[name] for name in Trial.__dataclass_fields__)
+
+
+def _append(rows: list[dict[str, Any]], path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, [*Trial.__dataclass_fields__, *RESULTS])
+    if not path.exists():
+        writer.writeheader()
+    writer.writerows(rows)
+    with path.open("a", newline="", encoding="utf-8") as file:
+        file.write(text.getvalue())  # at once, so that commands side by side can share the file
+    first = rows[0]
+    values = " ".join(f"{row['value']:.2f}" for row in rows)
+    print(
+        f"{first['task']} {first['optimizer']} {first['method']} {first['strength']:g} goal {first['goal']:g} "
+        f"{first['options']} seed {first['seed']} lr x{first['lr_scale']:g} batch x{first['batch_scale']}: {values} "
+        f"tail {first['tail']} strength {first['last_strength']} {first['seconds']} s {first['warned'][:60]}",
+        flush=True,
+    )
+
+
+def grid(task: str, optimizer: str, method: str) -> list[float]:
+    """Ten strengths over three decades."""
+    lowest = LOWEST[task.partition("_")[0], optimizer][method]
+    return [float(f"{lowest * 10 ** (k / 3):.3g}") for k in range(10)]
+
+
+def _trials(o: argparse.Namespace) -> Iterator[Trial]:
+    for seed, task, optimizer, method in itertools.product(o.seeds, o.task, o.optimizer, o.method):
+        if method.startswith("target"):
+            goals = o.goals or TASKS[task]().goals
+            settings: list[dict[str, Any]] = [
+                {"goal": goal, "options": options} for goal in goals for options in o.options
+            ]
+        elif method == "none":
+            settings = [{}]
+        else:
+            strengths = grid(task, optimizer, method) if o.strengths == "grid" else o.strengths.split(",")
+            settings = [{"strength": float(strength)} for strength in strengths]
+        for setting, lr, batch in itertools.product(settings, o.lr_scale, o.batch_scale):
+            yield Trial(task, optimizer, method, seed=seed, split=o.split, lr_scale=lr, batch_scale=batch, **setting)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the measurement; see ``--help``."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks target", description=__doc__.splitlines()[0])
+    parser.add_argument("what", choices=("train",))
+    parser.add_argument("--task", type=lambda t: t.split(","), default=["digits_mlp"], help=",".join(TASKS))
+    parser.add_argument("--optimizer", type=lambda t: t.split(","), default=["sgd"], help=",".join(OPTIMIZERS))
+    parser.add_argument("--method", type=lambda t: t.split(","), default=["target"])
+    parser.add_argument("--strengths", default="grid", help="'grid' or numbers (default: grid)")
+    parser.add_argument("--goals", type=_numbers, help="sparsities (default: the task's)")
+    parser.add_argument("--options", nargs="*", default=[""], help="of SparsityTarget, as name=value;name=value")
+    parser.add_argument("--seeds", type=lambda t: [int(x) for x in t.split(",")], default=[0])
+    parser.add_argument("--lr-scale", type=_numbers, default=[1.0])
+    parser.add_argument("--batch-scale", type=lambda t: [int(x) for x in t.split(",")], default=[1])
+    parser.add_argument("--split", choices=("validation", "test"), default="validation")
+    parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--output", type=Path, default=Path("docs/results/target.csv"))
+    options = parser.parse_args(argv)
+    run(list(_trials(options)), options.output, options.jobs)
+    return 0
+
+
+def _numbers(text: str) -> list[float]:
+    return [float(x) for x in text.split(",")]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,171 @@
+"""Finding and setting the strengths of a decoupled penalty, and the schedules that people expect of them."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from wcr_optim.decoupled import Decoupled
+from wcr_optim.penalties import L2
+from wcr_optim.wrapper import OptimizerWrapper
+
+SHAPES = ("constant", "linear", "cosine")
+
+
+class Strengths:
+    """The strengths of a decoupled penalty, group by group, set as shares of one level.
+
+    A group whose strength is 0 is left at 0. Of the others, the strengths at hand are read as shares of the largest
+    one: a group that starts with half the strength of another keeps half of it. Groups that are added later take part
+    in the same way.
+
+    Args:
+        optimizer: The optimizer, or wrappers around it, with a decoupled penalty in the chain; of several, the
+            outermost one but for weight decay.
+
+    Raises:
+        TypeError: If it is no optimizer.
+        ValueError: If there is no such penalty in the chain, or every group's strength is 0.
+    """
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self.decoupled = _concentrating(optimizer)
+        self.option = self.decoupled.penalty.option
+        self.given = [_number(group[self.option]) for group in self.groups]
+        self.reference = max(self.given)
+        if self.reference == 0.0:
+            raise ValueError(
+                f"{self.option} is 0 in every group, so there is nothing to drive; give the groups of the weights to "
+                f"prune a positive one, of any size: param_groups(model, ...) does"
+            )
+
+    @property
+    def groups(self) -> list[dict[str, Any]]:
+        """The optimizer's groups."""
+        return self.decoupled.param_groups
+
+    def driven(self) -> list[int]:
+        """Return the indices of the groups that have a strength, new ones included."""
+        self.given += [_number(group[self.option]) for group in self.groups[len(self.given) :]]
+        return [index for index, given in enumerate(self.given) if given > 0.0]
+
+    def share(self, index: int) -> float:
+        """Return a group's share of the level."""
+        return self.given[index] / self.reference
+
+    def set(self, index: int, level: float) -> None:
+        """Set a group's strength to its share of a level."""
+        present, strength = self.groups[index][self.option], level * self.share(index)
+        if isinstance(present, Tensor):
+            present.fill_(strength)
+        else:
+            self.groups[index][self.option] = strength
+
+    def values(self) -> list[float]:
+        """Return every group's present strength."""
+        return [_number(group[self.option]) for group in self.groups]
+
+
+class StrengthSchedule:
+    """Move the strength of a decoupled penalty along a given curve: warm-up, then constant, linear or cosine.
+
+    Call `step()` after `optimizer.step()`, as with a scheduler of the learning rate. The penalty's step is lr times
+    the strength, so a schedule of the learning rate already acts on it; this one comes on top.
+
+        schedule = StrengthSchedule(optimizer, total_steps=10_000, warmup=1_000, shape="cosine")
+
+    A schedule of one's own needs no class: set `group["weight_concentration"]` (or the key of another penalty) before
+    each `optimizer.step()`.
+
+    Args:
+        optimizer: The optimizer with a decoupled penalty in its chain; its groups hold the largest strengths.
+        total_steps: Optimizer steps of the whole run; the last factor is kept beyond them.
+        warmup: Steps over which the strength rises linearly from 0 (default: 0).
+        shape: "constant", or "linear" or "cosine" from 1 after the warm-up to `final` at the end (default: "constant").
+        final: Factor at the end, at least 0 (default: 0.0).
+
+    Raises:
+        TypeError: If the optimizer is none.
+        ValueError: If there is no penalty to drive or a value is bad.
+    """
+
+    def __init__(
+        self, optimizer: Optimizer, total_steps: int, warmup: int = 0, shape: str = "constant", final: float = 0.0
+    ) -> None:
+        check_total_steps(total_steps)
+        if not 0 <= warmup <= total_steps:
+            raise ValueError(f"warmup must lie between 0 and total_steps={total_steps}, got {warmup!r}")
+        if shape not in SHAPES:
+            raise ValueError(f"unknown shape {shape!r}; choose one of {', '.join(map(repr, SHAPES))}")
+        if not 0.0 <= final < math.inf:
+            raise ValueError(f"final must be a finite number of at least 0, got {final!r}")
+        self._strengths = Strengths(optimizer)
+        self.total_steps, self.warmup, self.shape, self.final = total_steps, warmup, shape, final
+        self.steps = 0
+        self._set()
+
+    def step(self, loss: Any = None) -> None:
+        """Go to the next step's strengths; the loss is taken for the sake of loops that pass one, and not used."""
+        self.steps += 1
+        self._set()
+
+    def factor(self) -> float:
+        """Return the factor at the present step."""
+        if self.steps < self.warmup:
+            return self.steps / self.warmup
+        progress = min((self.steps - self.warmup) / max(self.total_steps - self.warmup, 1), 1.0)
+        if self.shape == "constant":
+            return 1.0
+        fallen = progress if self.shape == "linear" else (1 - math.cos(math.pi * progress)) / 2
+        return 1.0 + (self.final - 1.0) * fallen
+
+    def strengths(self) -> list[float]:
+        """Return every group's present strength."""
+        return self._strengths.values()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what `load_state_dict` needs to go on exactly."""
+        return {"steps": self.steps, "given": list(self._strengths.given), "reference": self._strengths.reference}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from a state of `state_dict`."""
+        self.steps = state_dict["steps"]
+        self._strengths.given = list(state_dict["given"])
+        self._strengths.reference = state_dict["reference"]
+        self._set()
+
+    def _set(self) -> None:
+        for index in self._strengths.driven():
+            self._strengths.set(index, self._strengths.reference * self.factor())
+
+
+def check_total_steps(total_steps: int | None) -> None:
+    """Raise ValueError unless the number of steps is known and positive."""
+    if isinstance(total_steps, bool) or not isinstance(total_steps, int) or total_steps < 1:
+        raise ValueError(
+            f"total_steps must be the number of optimizer steps of the whole run, epochs * batches, got "
+            f"{total_steps!r}; if it is not known, give the number within which the end shall be reached: what is "
+            f"reached is kept for as long as training goes on"
+        )
+
+
+def _concentrating(optimizer: Optimizer) -> Decoupled:
+    """Return the outermost decoupled penalty but for weight decay, which changes no weight's share of the energy."""
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(f"expected an optimizer instance, got {optimizer!r}")
+    below: Optimizer = optimizer
+    while isinstance(below, OptimizerWrapper):
+        if isinstance(below, Decoupled) and not isinstance(below.penalty, L2):
+            return below
+        below = below.base
+    raise ValueError(
+        f"{type(optimizer).__name__} has no decoupled penalty that could be driven; wrap it: "
+        f'WCR({type(optimizer).__name__}(...), form="scale_free")'
+    )
+
+
+def _number(strength: float | Tensor) -> float:
+    return float(strength)

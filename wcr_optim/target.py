@@ -1,0 +1,430 @@
+"""Say the sparsity that you want: `SparsityTarget` drives a penalty's strength there, without a search."""
+
+from __future__ import annotations
+
+import math
+import os
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from wcr_optim.layout import local
+from wcr_optim.moments import Moments, accumulator, moments
+from wcr_optim.penalties import InverseVariance, Penalty
+from wcr_optim.strength import Strengths, check_total_steps
+from wcr_optim.tail import tail_energies
+from wcr_optim.trend import LossTrend
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+MEASUREMENTS = 100
+"""How often the tail is measured in a run, unless `every` says otherwise."""
+
+# The loop acts on logarithms, of the strength and of the tail's excess over its path. The tail answers a strength by
+# its rate of change, so integral action alone would swing around the path; the proportional part damps it.
+PROPORTIONAL, INTEGRAL = 2.0, 0.15
+MAX_CHANGE = 0.5  # of the strength's logarithm from one measurement to the next: a factor of 1.65
+MAX_ERROR = 2.0  # of the tail's logarithm
+FLOOR = 1e-2  # of the starting strength: what is below does nothing and only takes long to come back from
+FIRST_PULL = 2.0  # mean magnitudes that the thresholds of the whole run would add up to at the starting strength
+MAX_ENERGY_LOSS = 30.0  # as a logarithm, of any layer over the whole run, if the penalty alone acted
+DEAD = 1e-4  # of its energy at the start: a layer that the penalty has all but taken away
+USELESS = 1.01  # a larger step that raises the thresholds by less than this has no effect left to give
+
+
+@dataclass
+class _Loop:
+    """One feedback loop: the groups that it drives together, and what it remembers of them."""
+
+    groups: list[int]
+    level: float = math.nan
+    lr_peak: float = 0.0
+    first_level: float = math.nan
+    first_tail: float = math.nan
+    tail: float = math.nan
+    error: float = 0.0
+    obstacle: str = ""
+
+
+class _Measurement(NamedTuple):
+    """What one copy from the device tells: pruned and total energy of each loop, and the layers' moments."""
+
+    energies: list[tuple[float, float]]
+    layers: list[Moments]
+    loss: float
+
+
+class SparsityTarget:
+    """Drive the strength of a decoupled penalty so that the network survives pruning at a wanted sparsity.
+
+    The tail is the share of the weights' energy (sum of squares) that one-shot magnitude pruning at `sparsity` would
+    remove. The object measures it every few steps and moves the strength by a bounded factor so that the tail's
+    logarithm falls evenly, from what it is at the start to `tail_energy` when 75 % of the run are over; from then on it
+    is held there, for as long as training goes on. It starts at a strength worked out from the weights and the
+    learning rate, so the one given to the penalty matters only as a ratio between groups; groups with strength 0 are
+    neither driven nor measured.
+
+        optimizer = WCR(torch.optim.SGD(param_groups(model), lr=0.1, momentum=0.9), form="scale_free")
+        target = SparsityTarget(optimizer, sparsity=0.95, total_steps=epochs * len(batches))
+        for batch in batches:
+            loss = ...
+            loss.backward()
+            optimizer.step()
+            target.step(loss)
+
+    It does not kill the network: the strength stops rising where more of it would do nothing (a form that saturates),
+    where the penalty would take a layer's energy away or has done so (l1), and where the smoothed training loss rises
+    too far above the best it has been: by `max_dense_cost`, or, without one, to 10 % above where it was at the start.
+    If the goal was not reached at `total_steps`, a warning says how far it got and what stood in the way.
+
+    Every rank of a distributed run must call `step`: the tail of sharded weights is summed and the loss averaged over
+    the ranks.
+
+    Args:
+        optimizer: Optimizer with a decoupled penalty in its chain (`WCR`, `HoyerDecay`, `L1Decay`, `Decoupled`).
+        sparsity: Share of the driven weights that will be pruned, in (0, 1) (default: 0.95).
+        total_steps: Optimizer steps of the whole run. Unknown? Give the number within which the goal shall be reached.
+        tail_energy: Share of the energy, in (0, 1), that pruning may take (default: 3e-3).
+        max_dense_cost: Rise of the smoothed training loss above its best, in its own units, beyond which the strength
+            is taken back; `step` then needs the loss. None stands for the automatic stop alone (default: None).
+        scope: What is ranked together and driven together, as in `pruning`: "global", all weights at one strength, or
+            "layer", every tensor on its own; each group then has a loop of its own, so put layers into groups
+            (default: "global").
+        start: Share of the run after which the tail begins to fall (default: 0.0).
+        end: Share of the run at which the tail shall be at its goal (default: 0.75).
+        every: Steps between measurements; None measures 100 times in a run (default: None).
+
+    Attributes:
+        last_tail: The tail as last measured, over all driven weights; NaN before the first step.
+        history: A row for each measurement: step, tail, wanted tail, largest strength, smoothed loss (NaN without one).
+
+    Raises:
+        TypeError: If optimizer is no optimizer.
+        ValueError: If there is no penalty to drive, or a value is bad; the message names the way out.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        sparsity: float = 0.95,
+        total_steps: int | None = None,
+        tail_energy: float = 3e-3,
+        max_dense_cost: float | None = None,
+        *,
+        scope: str = "global",
+        start: float = 0.0,
+        end: float = 0.75,
+        every: int | None = None,
+    ) -> None:
+        for name, value in (("sparsity", sparsity), ("tail_energy", tail_energy)):
+            if not 0.0 < value < 1.0:
+                raise ValueError(f"{name} must lie between 0 and 1, both excluded, got {value!r}")
+        if scope not in ("global", "layer"):
+            raise ValueError(f"scope must be 'global' or 'layer', got {scope!r}")
+        if not 0.0 <= start < end <= 1.0:
+            raise ValueError(f"start and end are shares of the run, 0 <= start < end <= 1, got {start!r} and {end!r}")
+        if every is not None and (isinstance(every, bool) or not isinstance(every, int) or every < 1):
+            raise ValueError(f"every must be a positive number of steps, got {every!r}")
+        if max_dense_cost is not None and not 0.0 < max_dense_cost < math.inf:
+            raise ValueError(
+                f"max_dense_cost must be positive and finite, in units of the loss, got {max_dense_cost!r}"
+            )
+        check_total_steps(total_steps)
+        assert total_steps is not None
+        self._strengths = Strengths(optimizer)
+        self.sparsity, self.total_steps, self.tail_energy = float(sparsity), total_steps, float(tail_energy)
+        self.max_dense_cost, self.scope, self.start, self.end = max_dense_cost, scope, start, end
+        self.every = every or max(1, total_steps // MEASUREMENTS)
+        self.steps = 0
+        self.last_tail = math.nan
+        self.history: list[list[float]] = []
+        self._loops: list[_Loop] = []
+        self._first_energy: dict[str, float] = {}
+        self._loss = LossTrend()
+        if isinstance(self._penalty, InverseVariance):
+            warnings.warn(
+                "the preprint's form of WCR cannot be driven far: its threshold is the layer's mean magnitude and its "
+                "flow keeps that mean, so it amplifies the same share of the weights at any strength and the tail "
+                'saturates; WCR(base, form="scale_free") concentrates as far as asked',
+                stacklevel=2,
+            )
+
+    @property
+    def _penalty(self) -> Penalty:
+        return self._strengths.decoupled.penalty
+
+    def strengths(self) -> list[float]:
+        """Return every group's present strength, 0 for those that are not driven."""
+        return self._strengths.values()
+
+    def step(self, loss: float | Tensor | None = None) -> None:
+        """Take note of one step of the optimizer; call it after each `optimizer.step()`.
+
+        Args:
+            loss: The step's training loss, one number; a tensor on a device is not waited for (default: None).
+
+        Raises:
+            ValueError: If the loss is missing and max_dense_cost needs it, or is not one number.
+
+        """
+        if loss is None and self.max_dense_cost is not None:
+            raise ValueError(f"max_dense_cost={self.max_dense_cost!r} needs the training loss: call step(loss)")
+        if loss is not None:
+            self._loss.add(loss)
+        self.steps += 1
+        self._find_loops()
+        started = all(loop.lr_peak > 0 for loop in self._loops)
+        if not started or self.steps % self.every == 0 or self.steps == self.total_steps:
+            self._control()
+        if self.steps == self.total_steps:
+            self._warn_if_missed()
+
+    def path(self, first_tail: float) -> float:
+        """Return the tail wanted at the present step of a run that began with a given one."""
+        progress = (self.steps / self.total_steps - self.start) / (self.end - self.start)
+        goal = min(self.tail_energy, first_tail)
+        return first_tail * math.pow(goal / first_tail, min(max(progress, 0.0), 1.0))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what `load_state_dict` needs to go on exactly: numbers, strings and lists of them."""
+        return {
+            "steps": self.steps,
+            "last_tail": self.last_tail,
+            "given": list(self._strengths.given),
+            "reference": self._strengths.reference,
+            "loops": [asdict(loop) for loop in self._loops],
+            "first_energy": dict(self._first_energy),
+            "loss": self._loss.state_dict(),
+            "history": [list(row) for row in self.history],
+        }
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Go on from a state of `state_dict`; before or after the optimizer's own is loaded."""
+        loops = [_Loop(**loop) for loop in state_dict["loops"]]
+        history, energy = [list(row) for row in state_dict["history"]], dict(state_dict["first_energy"])
+        self._loss.load_state_dict(state_dict["loss"])
+        self.steps, self.last_tail = state_dict["steps"], state_dict["last_tail"]
+        self._strengths.given, self._strengths.reference = list(state_dict["given"]), state_dict["reference"]
+        self._loops, self._first_energy, self.history = loops, energy, history
+        for loop in self._loops:
+            self._set(loop)
+
+    def _find_loops(self) -> None:
+        """Give every driven group a loop, those that were added since too."""
+        known = {index for loop in self._loops for index in loop.groups}
+        new = [index for index in self._strengths.driven() if index not in known]
+        if self.scope == "layer":
+            self._loops += [_Loop([index]) for index in new]
+        elif not self._loops:
+            self._loops = [_Loop(new)]
+        elif new:
+            self._loops[0].groups += new
+            self._set(self._loops[0])
+
+    def _set(self, loop: _Loop) -> None:
+        if math.isfinite(loop.level):
+            for index in loop.groups:
+                if index < len(self._strengths.groups):
+                    self._strengths.set(index, loop.level)
+
+    def _layers(self, loop: _Loop) -> list[tuple[str, int, Tensor]]:
+        """List a loop's weights: a name, the group, the tensor."""
+        layers = []
+        for index in loop.groups:
+            group = self._strengths.groups[index]
+            min_ndim = group.get("min_ndim", self._penalty.min_ndim)
+            for place, w in enumerate(group["params"]):
+                if w.requires_grad and w.ndim >= min_ndim:
+                    layers.append((f"{index}.{place}", index, w.detach()))
+        return layers
+
+    def _control(self) -> None:
+        layers = [self._layers(loop) for loop in self._loops]
+        measured = self._measure(layers)
+        cost = self._loss.update(measured.loss)
+        pruned = total = 0.0
+        for loop, named, of_layers, energies in zip(
+            self._loops, layers, measured.layers, measured.energies, strict=True
+        ):
+            lr = max(float(self._strengths.groups[index]["lr"]) for index in loop.groups)
+            if not (math.isfinite(energies[1]) and energies[1] > 0.0 and lr >= 0.0):
+                continue  # an overflow under way, or nothing to prune: no reason to move
+            pruned, total = pruned + energies[0], total + energies[1]
+            loop.tail = energies[0] / energies[1]
+            names = [name for name, _, _ in named]
+            for name, energy in zip(names, (of_layers.n * of_layers.q).tolist(), strict=True):
+                self._first_energy.setdefault(name, energy)
+            shares = self._shares([index for _, index, _ in named], lr)
+            if loop.lr_peak == 0.0:
+                self._begin(loop, of_layers, shares, lr)
+            else:
+                self._follow(loop, of_layers, shares, lr, names, cost)
+            self._set(loop)
+        if total > 0.0:
+            self.last_tail = pruned / total
+        wanted = self.path(self._loops[0].first_tail) if self._loops[0].first_tail > 0 else math.nan
+        self.history.append([self.steps, self.last_tail, wanted, max(self.strengths()), self._loss.smooth])
+
+    def _shares(self, groups: Sequence[int], lr: float) -> Tensor:
+        """Return each layer's step length over the loop's largest lr * level."""
+        shares = [
+            self._strengths.share(index) * (float(self._strengths.groups[index]["lr"]) / lr if lr else 1.0)
+            for index in groups
+        ]
+        return torch.tensor(shares, dtype=torch.float64)
+
+    def _begin(self, loop: _Loop, layers: Moments, shares: Tensor, lr: float) -> None:
+        """Start where the thresholds of the whole run would add up to a few mean magnitudes."""
+        loop.first_tail = loop.tail
+        if lr == 0.0:
+            return  # a warm-up from zero: the next step may tell
+        low, high = math.log(1e-20), math.log(1e6)
+        for _ in range(50):
+            middle = (low + high) / 2
+            pull, _ = _effect(self._penalty, layers, math.exp(middle) * shares)
+            low, high = (middle, high) if pull < FIRST_PULL / self.total_steps else (low, middle)
+        loop.level = loop.first_level = math.exp(low) / lr
+        loop.lr_peak = lr
+
+    def _follow(
+        self, loop: _Loop, layers: Moments, shares: Tensor, lr: float, names: Sequence[str], cost: float
+    ) -> None:
+        """Move the level towards what brings the tail onto its path."""
+        if lr > loop.lr_peak:  # a warm-up: the step length lr * level stays, instead of growing with lr
+            loop.level, loop.first_level = loop.level * loop.lr_peak / lr, loop.first_level * loop.lr_peak / lr
+            loop.lr_peak = lr
+        excess = math.log(max(loop.tail, 1e-30) / self.path(loop.first_tail))
+        error = min(max(excess, -MAX_ERROR), MAX_ERROR)
+        change = PROPORTIONAL * (error - loop.error) + INTEGRAL * error
+        loop.error = error
+        change = min(max(change, -MAX_CHANGE), MAX_CHANGE)
+        limit = self._limit(loop, layers, shares, names, cost)
+        if limit < change:
+            change = limit
+        elif limit > 0.0:
+            loop.obstacle = ""
+        loop.level = max(loop.level * math.exp(change), loop.first_level * FLOOR)
+
+    def _limit(self, loop: _Loop, layers: Moments, shares: Tensor, names: Sequence[str], cost: float) -> float:
+        """Bound the change of the level, and note why."""
+        allowed = self._loss.allowed(self.max_dense_cost)
+        if cost > allowed:
+            loop.obstacle = (
+                f"the training loss rose by max_dense_cost={self.max_dense_cost:g} above its best"
+                if self.max_dense_cost is not None
+                else "the training loss rose above where it was at the start"
+            )
+            return -MAX_CHANGE
+        energy = layers.n * layers.q
+        for name, now in zip(names, energy.tolist(), strict=True):
+            if now < DEAD * self._first_energy[name]:
+                group, place = name.split(".")
+                loop.obstacle = f"parameter {place} of group {group} lost nearly all of its energy"
+                return -MAX_CHANGE
+        s = loop.lr_peak * loop.level * shares
+        pull, _ = _effect(self._penalty, layers, s)
+        further, loss = _effect(self._penalty, layers, s * math.exp(MAX_CHANGE))
+        if further < USELESS * pull:
+            loop.obstacle = "the penalty saturates: a larger strength has no further effect"
+            return 0.0
+        if loss > MAX_ENERGY_LOSS / self.total_steps:
+            loop.obstacle = "a larger strength would take the energy of whole layers away"
+            return 0.0
+        if self.max_dense_cost is not None:  # come to rest at the allowed cost rather than swing around it
+            return MAX_CHANGE * min(max(2 * (1 - cost / allowed), 0.0), 1.0)
+        return MAX_CHANGE
+
+    def _measure(self, layers: Sequence[Sequence[tuple[str, int, Tensor]]]) -> _Measurement:
+        """Measure all loops with one copy to the host."""
+        sets: list[list[Tensor]] = []
+        for named in layers:
+            tensors = [w for _, _, w in named]
+            sets += [[w] for w in tensors] if self.scope == "layer" else [tensors]
+        every = [w for named in layers for _, _, w in named]
+        if not every:
+            raise ValueError("the driven groups hold no weights that could be pruned; check requires_grad and min_ndim")
+        device = local(every[0]).device
+        found = _moments(every, device)
+        energies = tail_energies([s for s in sets if s], self.sparsity).to(device, found.dtype)
+        loss = self._loss.window(device, found.dtype)
+        numbers = torch.cat([loss.reshape(1), energies.flatten(), found.flatten()]).cpu().double()
+        pairs = numbers[1 : 1 + energies.numel()].view(-1, 2)
+        n, mu, q = numbers[1 + energies.numel() :].view(3, -1)
+        of_loops, of_layers, first, first_set = [], [], 0, 0
+        for named in layers:
+            count = len(named)
+            members = count if self.scope == "layer" else min(count, 1)
+            summed = pairs[first_set : first_set + members].sum(0)
+            of_loops.append((float(summed[0]), float(summed[1])))
+            span = slice(first, first + count)
+            of_layers.append(Moments(n[span], mu[span], q[span]))
+            first, first_set = first + count, first_set + members
+        return _Measurement(of_loops, of_layers, float(numbers[0]))
+
+    def _warn_if_missed(self) -> None:
+        missed = [loop for loop in self._loops if not loop.tail <= 1.5 * self.tail_energy]
+        if not missed:
+            return
+        worst = max(missed, key=lambda loop: loop.tail)
+        why = worst.obstacle or "the run was too short for the strength to get there"
+        warnings.warn(
+            f"pruning at sparsity {self.sparsity:g} would still take {worst.tail:.3g} of the weights' energy, wanted "
+            f"{self.tail_energy:g}: {why}. Ask for less sparsity, train longer, allow more dense cost, or drive "
+            f'WCR(base, form="scale_free")',
+            stacklevel=3,
+        )
+
+    def plot(
+        self, path: str | os.PathLike[str] | None = None, accuracy: Sequence[tuple[int, float]] | None = None
+    ) -> Figure:
+        """Draw tail, strength, smoothed loss and, if given, accuracy over training.
+
+        Args:
+            path: Where to save the figure, in the format of its suffix (default: None)
+            accuracy: Pairs of a step and what was measured there, for a panel of its own (default: None)
+
+        Returns:
+            The figure.
+
+        Raises:
+            ImportError: If matplotlib is not installed.
+            ValueError: If nothing was measured yet.
+        """
+        from wcr_optim.plots import training_curves
+
+        return training_curves(self.history, path, accuracy, goal=self.tail_energy)
+
+
+def _effect(penalty: Penalty, layers: Moments, s: Tensor) -> tuple[float, float]:
+    """Return what a step of length s does.
+
+    Returns:
+        The share of the mean magnitude that the threshold takes off, averaged over weights; and the largest share of
+        its energy that a layer loses.
+    """
+    gain, threshold = penalty.flow(layers, s)
+    alive = (layers.mu > 0) & layers.q.isfinite()
+    if not alive.any():
+        return 0.0, 0.0
+    n, mu, q = (x[alive] for x in layers)
+    gain, threshold = gain[alive], threshold[alive]
+    kept = gain.square() * (1 - (2 * threshold * mu - threshold.square()) / q)
+    return float((n * threshold / mu).sum() / n.sum()), float((1 - kept).max())
+
+
+def _moments(weights: Sequence[Tensor], device: torch.device) -> Tensor:
+    """Measure n, mu and q of weights on any devices, shape (3, layers)."""
+    places: dict[torch.device, list[int]] = {}
+    for index, w in enumerate(weights):
+        places.setdefault(local(w).device, []).append(index)
+    result = torch.empty(3, len(weights), dtype=accumulator(device), device=device)
+    for indices in places.values():
+        found = torch.stack(list(moments([weights[index] for index in indices])))
+        result[:, indices] = found.to(result)
+    return result

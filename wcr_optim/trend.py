@@ -1,0 +1,100 @@
+"""Following a training loss without waiting for it: its smoothed course, its best, and how far it is above that."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from wcr_optim.moments import accumulator
+
+SMOOTHING = 0.2  # weight of the newest window
+CONFIDENCE = 2.0  # standard errors that count as noise
+AUTOMATIC = 0.1  # of the loss at the start: how far above it the loss may rise when no cost was given
+
+
+class LossTrend:
+    """A training loss, averaged over windows of steps and smoothed over windows.
+
+    Attributes:
+        smooth: The smoothed loss; NaN before the first window.
+        best: The lowest it has been.
+        first: The mean of the first window.
+        noise: Variance of a window's mean around the smoothed loss.
+    """
+
+    def __init__(self) -> None:
+        self.smooth = self.best = self.first = math.nan
+        self.noise = 0.0
+        self._sum: float | Tensor = 0.0
+        self._count = 0
+
+    def add(self, loss: float | Tensor) -> None:
+        """Add a step's loss to the window; a tensor stays on its device.
+
+        Raises:
+            ValueError: If it is not one number.
+        """
+        if isinstance(loss, Tensor):
+            if loss.numel() != 1:
+                raise ValueError(f"loss must be one number, got a tensor of shape {tuple(loss.shape)}; reduce it first")
+            loss = loss.detach().reshape(()).to(accumulator(loss.device))
+        self._sum = self._sum + loss
+        self._count += 1
+
+    def window(self, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """Close the window: return its mean, over all ranks of a distributed run, NaN if it is empty; shape ()."""
+        total = torch.as_tensor(self._sum, dtype=dtype, device=device)
+        mean = total / self._count if self._count else torch.full_like(total, math.nan)
+        self._sum, self._count = 0.0, 0
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(mean)  # else ranks would see different costs and drive replicas apart
+            mean = mean / torch.distributed.get_world_size()
+        return mean
+
+    def update(self, mean: float) -> float:
+        """Take a window's mean in; return how far the smoothed loss is above its best, noise taken off.
+
+        Returns:
+            0 if the mean is NaN because there was no loss; infinity if the loss is infinite.
+        """
+        if math.isnan(mean):
+            return 0.0
+        if math.isnan(self.smooth):
+            self.smooth = self.best = self.first = mean
+            return 0.0
+        if math.isinf(mean):
+            return math.inf
+        difference = mean - self.smooth
+        self.noise += SMOOTHING * (difference**2 - self.noise)
+        self.smooth += SMOOTHING * difference
+        self.best = min(self.best, self.smooth)
+        error = math.sqrt(self.noise * SMOOTHING / (2 - SMOOTHING))
+        return max(self.smooth - self.best - CONFIDENCE * error, 0.0)
+
+    def allowed(self, max_cost: float | None) -> float:
+        """Return how far the loss may be above its best: what was given, else to somewhat above its start."""
+        if max_cost is not None:
+            return max_cost
+        if math.isnan(self.first):
+            return math.inf
+        return self.first + AUTOMATIC * abs(self.first) - self.best
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state as plain numbers."""
+        return {
+            "smooth": self.smooth,
+            "best": self.best,
+            "first": self.first,
+            "noise": self.noise,
+            "sum": float(self._sum),
+            "count": self._count,
+        }
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Go on from a state."""
+        self.smooth, self.best, self.first = state_dict["smooth"], state_dict["best"], state_dict["first"]
+        self.noise, self._sum, self._count = state_dict["noise"], state_dict["sum"], state_dict["count"]
