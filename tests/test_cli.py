@@ -13,6 +13,7 @@ from torch import nn
 
 from wcr_optim import cli
 from wcr_optim.checkpoints import prunable_names, read_checkpoint
+from wcr_optim.pruning import sparse_file
 from wcr_optim.pruning.sparse_file import is_sparse_file, read_sparse, save_sparse
 
 
@@ -85,6 +86,22 @@ def test_inspect_lists_every_tensor(capsys, checkpoint, state):
     assert total["prunable"] == TOTAL
     assert total["elements"] == sum(tensor.numel() for name, tensor in state.items() if name != "again.weight")
     assert total["dense_bytes"] == sum(row.get("dense_bytes", 0) for row in rows.values())
+
+
+def test_inspect_knows_every_dtype(capsys, tmp_path):
+    tensors = {name: torch.tensor([[0, 1, 2, 0]]).to(dtype) for name, dtype in sparse_file._DTYPES.items()}
+    save_sparse(tensors, tmp_path / "all.safetensors")
+    for row in run_json(capsys, "inspect", tmp_path / "all.safetensors")["tensors"]:
+        assert row["dtype"] == row["name"]
+        assert row["sparsity"] == 0.5
+    run_json(capsys, "expand", tmp_path / "all.safetensors", "-o", tmp_path / "dense.safetensors")
+    assert same(safetensors.torch.load_file(tmp_path / "dense.safetensors"), tensors)
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(
+        a[name].dtype == b[name].dtype and torch.equal(a[name].double(), b[name].double()) for name in a
+    )
 
 
 def test_inspect_prints_a_table(capsys, checkpoint):

@@ -119,7 +119,7 @@ def _inspect(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
         if owner != name:
             rows.append({**row, "same_as": owner})
             continue
-        sparsity = 1.0 - int(torch.count_nonzero(tensor)) / tensor.numel() if tensor.numel() else 0.0
+        sparsity = 1.0 - _nonzero(tensor) / tensor.numel() if tensor.numel() else 0.0
         encoding, size = encoded_size(tensor)
         rows.append(
             {
@@ -277,6 +277,12 @@ def _pruning(result: Mapping[str, Any]) -> str:
 
 def _energy(layer: LayerConcentration) -> dict[str, float]:
     return {"top_energy": layer.top[_TOP], "lossless_sparsity": layer.lossless_sparsity}
+
+
+def _nonzero(tensor: Tensor) -> int:
+    # torch does not count in 8-bit floats and in the wider unsigned integers; float64 has room for "not zero" of all.
+    odd = tensor.dtype in (torch.float8_e4m3fn, torch.float8_e5m2, torch.uint16, torch.uint32, torch.uint64)
+    return int(torch.count_nonzero(tensor.double() if odd else tensor))
 
 
 def _dtype(tensor: Tensor) -> str:
