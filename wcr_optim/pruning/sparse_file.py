@@ -93,8 +93,8 @@ def save_sparse(model: nn.Module | Mapping[str, Tensor], path: str | os.PathLike
         ImportError: If safetensors is not installed.
 
     Warns:
-        UserWarning: If more than one element in a hundred is ``-0.0``, which costs as much as any other value.
-            Multiplying by a mask leaves ``-0.0`` wherever the weight was negative.
+        UserWarning: If more than one element in a hundred (and in all a thousand) is ``-0.0``, which costs as much as
+            any other value. Multiplying by a mask leaves ``-0.0`` wherever the weight was negative.
     """
     state = _plain_state(model)
     entries: dict[str, _Entry] = {}
@@ -114,7 +114,7 @@ def save_sparse(model: nn.Module | Mapping[str, Tensor], path: str | os.PathLike
             bits = _bits(flat).numpy()
             negative_zeros += int(np.count_nonzero(bits.view(f"u{bits.itemsize}") == 1 << (8 * bits.itemsize - 1)))
     elements = sum(entry.numel for entry in entries.values() if entry.same_as is None)
-    if 100 * negative_zeros > elements:
+    if negative_zeros > max(1000, elements // 100):
         warnings.warn(
             f"{negative_zeros} of {elements} elements are -0.0 and are kept, as the file is exact bit for bit; "
             "if they are pruned weights, `weight.add_(0.0)` makes them +0.0, which takes no space",
