@@ -334,6 +334,26 @@ def test_what_cannot_be_stored_is_refused_by_name(path, state, error, message):
     assert not path.exists()
 
 
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed")
+def test_a_sharded_tensor_is_refused_with_the_way_to_gather_it(path):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    from wcr_optim.metrics import concentration
+
+    rendezvous = f"file://{path.with_name('rendezvous')}"
+    torch.distributed.init_process_group("gloo", init_method=rendezvous, rank=0, world_size=1)
+    try:
+        sharded = distribute_tensor(torch.ones(4, 4), init_device_mesh("cpu", (1,)), [Shard(0)])
+        with pytest.raises(ValueError, match=r"'w' is sharded; gather the state with .*full_state_dict=True"):
+            save_sparse({"w": sharded}, path)
+        with pytest.raises(ValueError, match="w is sharded"):
+            concentration({"w": sharded})
+    finally:
+        torch.distributed.destroy_process_group()
+    assert not path.exists()
+
+
 def test_a_model_without_memory_is_refused(path):
     save_sparse(nn.Linear(2, 2), path)
     with pytest.raises(ValueError, match="to_empty"):
