@@ -98,7 +98,7 @@ def find_sharded_cuts(tensors: Mapping[str, Tensor], sparsities: Sequence[float]
         _add_up(failed, mesh)
         if failed.item():
             raise error or ValueError("another rank's part of the weights holds NaN, which has no rank")
-        _add_up(search.counts, mesh)
+        _add_up(torch.from_numpy(search.counts), mesh)
         search.advance(sparsities)
     return search.cuts(sparsities)
 
