@@ -126,7 +126,7 @@ class CrAM(TwoPass):
         if self.sparse_grad:
             for w in self._pruned:
                 for h in gradients([w]):
-                    local(h).masked_fill_(local(w) == 0.0, 0.0)
+                    local(h).mul_(local(w) != 0.0)  # which keeps NaN for a scaler to see, unlike masked_fill_
         while self._clean:
             p, g = self._clean.pop()
             if p.grad is None:
