@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from plain import OPTIMIZERS, TWO_PASS, assert_close, base_of, batch, groups, net, train
+from sharpness_reference import OPTIMIZERS, TWO_PASS, assert_close, base_of, batch, groups, net, train
 
 from wcr_optim import WCR
 from wcr_optim.sharpness import SAM, CrAM, SparseSAM

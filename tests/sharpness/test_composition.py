@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 import torch
-from plain import OPTIMIZERS, TWO_PASS, assert_close, base_of, closure_of, groups, net, train
+from sharpness_reference import OPTIMIZERS, TWO_PASS, assert_close, base_of, closure_of, groups, net, train
 from torch.optim import lr_scheduler
 
 from wcr_optim import WCR, HoyerDecay, L2Decay

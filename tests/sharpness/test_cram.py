@@ -4,7 +4,7 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given, settings
-from plain import base_of, closure_of, gradients_at, groups, net, train
+from sharpness_reference import base_of, closure_of, gradients_at, groups, net, train
 
 from wcr_optim import WCR
 from wcr_optim.sharpness import CrAM

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from plain import (
+from sharpness_reference import (
     OPTIMIZERS,
     TWO_PASS,
     PlainSAM,

@@ -5,7 +5,7 @@ import io
 
 import pytest
 import torch
-from plain import OPTIMIZERS, TWO_PASS, base_of, batch, closure_of, groups, net, train
+from sharpness_reference import OPTIMIZERS, TWO_PASS, base_of, batch, closure_of, groups, net, train
 from torch import nn
 
 from wcr_optim import WCR

@@ -6,7 +6,7 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given, settings
-from plain import base_of, batch, closure_of, gradients_at, groups, net, plain_norm, plain_top, train
+from sharpness_reference import base_of, batch, closure_of, gradients_at, groups, net, plain_norm, plain_top, train
 from torch import nn
 
 from wcr_optim import WCR
