@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from wcr_optim import WCR, param_groups
+from wcr_optim import SAM, SSAM, WCR, CrAM, SparseSAM, param_groups
 
 Groups = list[dict[str, Any]]
 
@@ -20,10 +20,29 @@ def sgd(groups: Groups, model: nn.Module) -> Optimizer:
     return torch.optim.SGD(groups, lr=0.1, momentum=0.9)
 
 
+def adamw(groups: Groups, model: nn.Module) -> Optimizer:
+    """AdamW."""
+    return torch.optim.AdamW(groups, lr=2e-3)
+
+
 BASES: dict[str, Callable[[Groups, nn.Module], Optimizer]] = {
     "sgd": sgd,
+    "adamw": adamw,
+    "sam": lambda groups, model: SAM(sgd(groups, model), rho=0.05, model=model),
+    "asam": lambda groups, model: SAM(sgd(groups, model), rho=0.5, adaptive=True, eta=0.01, model=model),
+    "ssam": lambda groups, model: SSAM(sgd(groups, model), rho=0.05),
+    "sparse_sam": lambda groups, model: SparseSAM(sgd(groups, model), rho=0.05, model=model),
+    "cram": lambda groups, model: CrAM(sgd(groups, model), rho=0.05, model=model),
 }
-LABELS = {"sgd": "SGD"}
+LABELS = {
+    "sgd": "SGD",
+    "adamw": "AdamW",
+    "sam": "SAM",
+    "asam": "ASAM",
+    "ssam": "SSAM",
+    "sparse_sam": "SparseSAM",
+    "cram": "CrAM+",
+}
 FORMS = {"wcr": ("inverse_variance", "WCR"), "scale_free": ("scale_free", "scale-free WCR")}
 
 

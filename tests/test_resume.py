@@ -19,7 +19,7 @@ BASES = {
     "adafactor": lambda p: OPT.Adafactor(p, lr=1e-2),
     "adagrad": lambda p: OPT.Adagrad(p, lr=1e-2),
     "adadelta": lambda p: OPT.Adadelta(p, lr=0.5),
-    "lbfgs": lambda p: OPT.LBFGS(p, lr=0.1, max_iter=4),
+    "lbfgs": lambda p: OPT.LBFGS(p, lr=0.05, max_iter=2),
 }
 WRAPPERS = {
     "inverse_variance": lambda base: WCR(base, 1e-2),

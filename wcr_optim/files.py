@@ -25,6 +25,7 @@ def write_safetensors(arrays: dict[str, Tensor], path: str | os.PathLike[str], m
 
     Raises:
         OSError: If it cannot be written; an existing file is as before.
+        ValueError: If the installed safetensors does not know a dtype.
         ImportError: If safetensors is not installed.
     """
     safetensors = _safetensors()
@@ -39,6 +40,10 @@ def write_safetensors(arrays: dict[str, Tensor], path: str | os.PathLike[str], m
             safetensors.torch.save_file(arrays, temporary, metadata=metadata)
         except safetensors.SafetensorError as error:
             raise OSError(f"cannot write {os.fspath(path)!r}: {error}") from error
+        except KeyError as error:  # versions before 0.6 have no unsigned integers, the oldest no 8-bit floats
+            raise ValueError(
+                f"this version of safetensors does not know {error}: pip install -U safetensors"
+            ) from error
         # Some versions of safetensors leave a file that only its owner may read.
         os.chmod(temporary, stat.S_IMODE(mode))
         with open(temporary, "rb+") as file:

@@ -255,7 +255,7 @@ def aligned(rows: Sequence[Sequence[str]], rules: Sequence[int] = ()) -> str:
     lines = []
     for i, (first, *rest) in enumerate(rows):
         if i in rules:
-            lines.append("─" * (sum(widths) + 2 * len(rest)))
+            lines.append("-" * (sum(widths) + 2 * len(rest)))
         cells = (cell.rjust(width) for cell, width in zip(rest, widths[1:], strict=True))
         lines.append("  ".join([first.ljust(widths[0]), *cells]).rstrip())
     return "\n".join(lines)

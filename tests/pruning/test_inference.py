@@ -149,7 +149,7 @@ def test_semi_structured_computes_what_the_dense_one_does():
 def test_the_benchmark_measures_every_pair(capsys):
     from benchmarks import inference
 
-    arguments = "--width 16 --layers 2 --sparsities 0.5 0.9 --batches 1 8 --rounds 1".split()
+    arguments = ["--width", "16", "--layers", "2", "--sparsities", "0.5", "0.9", "--batches", "1", "8", "--rounds", "1"]
     assert inference.main([*arguments, "--threads", str(torch.get_num_threads())]) == 0
     rows = capsys.readouterr().out.splitlines()[4:]
     assert [row.split()[:3] for row in rows] == [["CSR", s, b] for s in ("50%", "90%") for b in ("1", "8")]

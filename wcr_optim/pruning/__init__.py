@@ -1,8 +1,9 @@
 """One-shot pruning: exact masks, evaluation at many sparsities, statistics, reports and files."""
 
 from wcr_optim.parameters import prunable_weights
+from wcr_optim.pruning.apply import applied, apply_
 from wcr_optim.pruning.batchnorm import recalibrate_batchnorm
-from wcr_optim.pruning.masks import Masks, applied, apply_
+from wcr_optim.pruning.masks import Masks
 from wcr_optim.pruning.report import LayerReport, PruningReport, report
 from wcr_optim.pruning.select import magnitude_masks, n_m_masks, random_masks, stream_masks
 from wcr_optim.pruning.sparse_file import load_sparse, save_sparse

@@ -14,8 +14,9 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from wcr_optim.layout import local
 from wcr_optim.parameters import unwrapped
+from wcr_optim.pruning.apply import matched
 from wcr_optim.pruning.batchnorm import training_flags_restored
-from wcr_optim.pruning.masks import Masks, matched, pack
+from wcr_optim.pruning.masks import Masks
 from wcr_optim.pruning.select import Selection, selected
 from wcr_optim.pruning.shards import whole
 from wcr_optim.pruning.sparse_file import encoded_size
@@ -180,8 +181,8 @@ def report(
     model = unwrapped(model)
     if masks is None:
         weights = selected(model, exclude, include)
-        bits = {name: pack((chunk != 0 for chunk in chunks(whole(t))), t.numel()) for name, t in weights.items()}
-        masks = Masks.from_bits(bits, {name: tensor.shape for name, tensor in weights.items()})
+        shapes = {name: tensor.shape for name, tensor in weights.items()}
+        masks = Masks.from_chunks(shapes, ((part != 0 for part in chunks(whole(t))) for t in weights.values()))
     else:
         weights = dict(matched(model, masks))
     flops = None if example is None else _flops(model, weights, example)

@@ -10,18 +10,18 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from wcr_optim.parameters import Selector, prunable_weights, unwrapped
-from wcr_optim.pruning.masks import Masks, pack
+from wcr_optim.pruning.masks import Masks
 from wcr_optim.pruning.shards import common_mesh, find_sharded_cuts, whole
 from wcr_optim.pruning.threshold import (
-    CHUNK,
     Cut,
     Keeper,
     Scope,
     Stream,
+    check_not_nan,
     check_scope,
+    chunk_size,
     chunks,
     find_cuts,
-    keepers,
     magnitude_bits,
 )
 
@@ -63,21 +63,18 @@ def magnitude_masks(
     """
     weights = selected(model, exclude, include)
     (cuts,) = weight_cuts(weights, (sparsity,), scope)
-    bits = {
-        name: pack(keeper(whole(tensor)), tensor.numel())
-        for (name, tensor), keeper in zip(weights.items(), weight_keepers(cuts), strict=True)
-    }
-    return Masks.from_bits(bits, {name: tensor.shape for name, tensor in weights.items()})
+    marked = (keeper(whole(weight)) for weight, keeper in zip(weights.values(), weight_keepers(cuts), strict=True))
+    return Masks.from_chunks(_shapes(weights), marked)
 
 
 def stream_masks(stream: Stream, sparsity: float, scope: Scope = "global") -> Masks:
     """Keep the weights of largest magnitude among tensors that need not exist at the same time.
 
-    For checkpoints larger than the memory: beside the masks themselves, it takes the memory of one tensor.
+    For checkpoints larger than the memory: beside the masks themselves it takes no more than the tensor at hand.
 
     Args:
-        stream: Called for every pass (three for float32 and narrower types, five for float64), returns the named
-            weights in the same order and with the same values each time.
+        stream: Called for every pass, returns the same weights in the same order each time. Weights that are ranked
+            together take three passes, or five for float64; ranked by layer they take two.
         sparsity: Share of the weights to prune, in [0, 1].
         scope: As in `magnitude_masks` (default: "global")
 
@@ -85,13 +82,33 @@ def stream_masks(stream: Stream, sparsity: float, scope: Scope = "global") -> Ma
         Masks of all tensors of the stream.
 
     Raises:
-        ValueError: If the sparsity lies outside [0, 1], the scope is unknown, or a weight is NaN.
+        ValueError: If the sparsity lies outside [0, 1], the scope is unknown, a weight is NaN, or the stream differs
+            from one pass to the next.
     """
-    bits, shapes = {}, {}
-    for name, tensor, keeper in keepers(stream, sparsity, scope):
-        bits[name] = pack(keeper(tensor), tensor.numel())
-        shapes[name] = tensor.shape
-    return Masks.from_bits(bits, shapes)
+    check_scope(scope)
+    shapes: dict[str, torch.Size] = {}
+
+    def noted() -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in stream():
+            shapes[name] = tensor.shape
+            yield name, tensor
+            del tensor  # before the next one is made
+
+    if scope == "global":
+        cuts = find_cuts(noted, (sparsity,)) * len(shapes)
+    else:
+        cuts = [find_cuts({name: tensor}.items, (sparsity,))[0] for name, tensor in noted()]
+
+    def marked() -> Iterator[Iterator[Tensor]]:
+        expected = iter(zip(shapes.items(), weight_keepers(cuts), strict=True))
+        for name, tensor in stream():
+            known, keeper = next(expected, (None, None))
+            if keeper is None or known != (name, tensor.shape):
+                raise ValueError(f"the stream yields {name} of shape {tuple(tensor.shape)} where it had {known} before")
+            yield keeper(tensor)
+            del tensor
+
+    return Masks.from_chunks(shapes, marked())
 
 
 def random_masks(
@@ -120,7 +137,7 @@ def random_masks(
     Raises:
         ValueError: As `magnitude_masks`.
     """
-    shapes = {name: tensor.shape for name, tensor in selected(model, exclude, include).items()}
+    shapes = _shapes(selected(model, exclude, include))
 
     def noise() -> Iterator[tuple[str, Tensor]]:
         generator = torch.Generator().manual_seed(seed)
@@ -163,14 +180,15 @@ def n_m_masks(
     if not fitting:
         sizes = {name: weights[name].shape[dim] for name, (dim, _) in list(layouts.items())[:3]}
         raise ValueError(f"no layer's input dimension is a multiple of m={m}; the first ones are {sizes}")
-    bits = {}
-    for name, tensor in weights.items():
-        if name in fitting:
-            mask = _n_of_m(name, whole(tensor), layouts[name][0], n, m)
-        else:
-            mask = torch.ones(tensor.shape, dtype=torch.bool)
-        bits[name] = pack(chunks(mask), tensor.numel())
-    return Masks.from_bits(bits, {name: tensor.shape for name, tensor in weights.items()})
+
+    def marked() -> Iterator[Iterator[Tensor]]:
+        for name, tensor in weights.items():
+            if name in fitting:
+                yield chunks(_n_of_m(name, whole(tensor), layouts[name][0], n, m))
+            else:
+                yield chunks(torch.ones(tensor.shape, dtype=torch.bool))
+
+    return Masks.from_chunks(_shapes(weights), marked())
 
 
 def selected(model: nn.Module, exclude: Selection, include: Selection | None) -> dict[str, Tensor]:
@@ -204,6 +222,10 @@ def weight_keepers(cuts: Sequence[Cut]) -> list[Keeper]:
     return [shared[id(cut)] for cut in cuts]
 
 
+def _shapes(weights: Mapping[str, Tensor]) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in weights.items()}
+
+
 def _input_dimension(model: nn.Module, name: str, weight: Tensor) -> tuple[int, int]:
     """Return the dimension that a layer sums over, and the number of groups that lie along it."""
     owner = model.get_submodule(name.rpartition(".")[0])
@@ -222,20 +244,13 @@ def _input_dimension(model: nn.Module, name: str, weight: Tensor) -> tuple[int, 
 def _n_of_m(name: str, weight: Tensor, dim: int, n: int, m: int) -> Tensor:
     by_row = weight.movedim(dim, -1)
     keep = torch.empty(by_row.shape, dtype=torch.bool, device=weight.device)
-    rows = max(1, CHUNK // max(1, by_row[0].numel()))
-    for part, out in zip(torch.split(by_row, rows), torch.split(keep, rows), strict=True):
-        if any(bool(chunk.isnan().any()) for chunk in chunks(part)):
-            raise ValueError(f"{name} holds NaN, which has no rank: repair the weights before pruning")
-        bits = magnitude_bits(part, torch.float64 if part.dtype is torch.float64 else torch.float32)
-        group = bits.reshape(-1, m).t().contiguous()
-        out.copy_(_among_largest(group, n).t().reshape(out.shape))
+    key_dtype = torch.float64 if weight.dtype is torch.float64 else torch.float32
+    rows = max(1, chunk_size(weight) // max(1, by_row[0].numel()))
+    for part, marks in zip(torch.split(by_row, rows), torch.split(keep, rows), strict=True):
+        bits = magnitude_bits(part.reshape(-1), key_dtype)
+        check_not_nan(name, bits)
+        group = bits.reshape(-1, m).T
+        for place, values in enumerate(group):
+            ahead = (group[:place] >= values).sum(0) + (group[place + 1 :] > values).sum(0)
+            marks.view(-1, m)[:, place] = torch.as_tensor(ahead < n)
     return keep.movedim(-1, dim)
-
-
-def _among_largest(group: Tensor, n: int) -> Tensor:
-    """Mark the n largest of the first dimension, of equal ones the earlier."""
-    keep = torch.empty(group.shape, dtype=torch.bool, device=group.device)
-    for place, values in enumerate(group):
-        ahead = (group[:place] >= values).sum(0) + (group[place + 1 :] > values).sum(0)
-        keep[place] = ahead < n
-    return keep

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from wcr_optim.layout import as_dtensor
-from wcr_optim.pruning.threshold import Cut, RadixSearch
+from wcr_optim.pruning.threshold import Cut, RankSearch
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -86,7 +86,7 @@ def find_sharded_cuts(tensors: Mapping[str, Tensor], sparsities: Sequence[float]
     """
     parts = {name: part for name, tensor in tensors.items() if (part := _counted_here(tensor, mesh)) is not None}
     wide = any(tensor.dtype is torch.float64 for tensor in tensors.values())
-    search = RadixSearch(torch.float64 if wide else torch.float32)
+    search = RankSearch(sparsities, torch.float64 if wide else torch.float32)
     while not search.done:
         error = None
         try:
@@ -98,9 +98,9 @@ def find_sharded_cuts(tensors: Mapping[str, Tensor], sparsities: Sequence[float]
         _add_up(failed, mesh)
         if failed.item():
             raise error or ValueError("another rank's part of the weights holds NaN, which has no rank")
-        _add_up(search.counts, mesh)
-        search.advance(sparsities)
-    return search.cuts(sparsities)
+        _add_up(torch.from_numpy(search.counts), mesh)
+        search.advance()
+    return search.cuts()
 
 
 def _counted_here(tensor: Tensor, mesh: DeviceMesh) -> Tensor | None:

@@ -93,8 +93,8 @@ def save_sparse(model: nn.Module | Mapping[str, Tensor], path: str | os.PathLike
         ImportError: If safetensors is not installed.
 
     Warns:
-        UserWarning: If more than one element in a hundred is ``-0.0``, which costs as much as any other value.
-            Multiplying by a mask leaves ``-0.0`` wherever the weight was negative.
+        UserWarning: If more than one element in a hundred (and in all a thousand) is ``-0.0``, which costs as much as
+            any other value. Multiplying by a mask leaves ``-0.0`` wherever the weight was negative.
     """
     state = _plain_state(model)
     entries: dict[str, _Entry] = {}
@@ -102,7 +102,7 @@ def save_sparse(model: nn.Module | Mapping[str, Tensor], path: str | os.PathLike
     owners: dict[tuple[object, ...], str] = {}
     negative_zeros = 0
     for name, tensor in state.items():
-        owner = owners.setdefault(_memory(tensor), name) if tensor.numel() else name
+        owner = owners.setdefault(memory(tensor), name)
         if owner != name:
             entries[name] = entries[owner]._replace(same_as=owner)
             continue
@@ -114,7 +114,7 @@ def save_sparse(model: nn.Module | Mapping[str, Tensor], path: str | os.PathLike
             bits = _bits(flat).numpy()
             negative_zeros += int(np.count_nonzero(bits.view(f"u{bits.itemsize}") == 1 << (8 * bits.itemsize - 1)))
     elements = sum(entry.numel for entry in entries.values() if entry.same_as is None)
-    if 100 * negative_zeros > elements:
+    if negative_zeros > max(1000, elements // 100):
         warnings.warn(
             f"{negative_zeros} of {elements} elements are -0.0 and are kept, as the file is exact bit for bit; "
             "if they are pruned weights, `weight.add_(0.0)` makes them +0.0, which takes no space",
@@ -149,7 +149,7 @@ def load_sparse(model: Module, path: str | os.PathLike[str]) -> Module:
     state = _decode(entries, arrays)
     tied: dict[tuple[object, ...], str] = {}
     for name, tensor in target.items():
-        owner = tied.setdefault(_memory(tensor), name) if tensor.numel() else name
+        owner = tied.setdefault(memory(tensor), name)
         if owner != name and not torch.equal(_bits(state[name].reshape(-1)), _bits(state[owner].reshape(-1))):
             raise WeightFileError(
                 f"the model ties {name!r} to {owner!r}, but they differ in the file; untie them first"
@@ -216,7 +216,7 @@ def encoded_size(tensor: Tensor) -> tuple[str, int]:
     Returns:
         The encoding's name and the bytes of its arrays, without the file's header (some 100 bytes per array).
     """
-    return _smallest(_plain("tensor", tensor).cpu().contiguous().reshape(-1))
+    return _smallest(plain("tensor", tensor).cpu().contiguous().reshape(-1))
 
 
 # ------------------------------------------------------------------------------------------------------- tensors
@@ -224,11 +224,11 @@ def encoded_size(tensor: Tensor) -> tuple[str, int]:
 
 def _plain_state(model: nn.Module | Mapping[str, Tensor]) -> dict[str, Tensor]:
     state = unwrapped(model).state_dict() if isinstance(model, nn.Module) else model
-    return {name: _plain(name, value) for name, value in state.items()}
+    return {name: plain(name, value) for name, value in state.items()}
 
 
-def _plain(name: str, value: object) -> Tensor:
-    """Detach the tensor, or say why it cannot be stored."""
+def plain(name: str, value: object) -> Tensor:
+    """Return the tensor without its graph, or raise an error that says why it cannot be stored."""
     if not isinstance(name, str) or not isinstance(value, Tensor):
         raise TypeError(f"a sparse file holds named tensors only, got {name!r}: {type(value).__name__}")
     if is_lazy(value):
@@ -245,8 +245,10 @@ def _plain(name: str, value: object) -> Tensor:
     return value.detach()
 
 
-def _memory(tensor: Tensor) -> tuple[object, ...]:
-    """Equal for tensors that are one and the same memory, read in the same way."""
+def memory(tensor: Tensor) -> tuple[object, ...]:
+    """Return a key that is equal for tensors which are one and the same memory, read in the same way."""
+    if tensor.numel() == 0:
+        return (id(tensor),)  # all of them have the address 0
     return (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
 
 

@@ -11,23 +11,26 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from wcr_optim.layout import as_dtensor, local
 from wcr_optim.parameters import unwrapped
+from wcr_optim.pruning.apply import weights_restored
 from wcr_optim.pruning.batchnorm import (
     Forward,
     recalibrate_batchnorm,
     statistics_restored,
     training_flags_restored,
 )
-from wcr_optim.pruning.masks import weights_restored
 from wcr_optim.pruning.select import Selection, selected, weight_cuts, weight_keepers
 from wcr_optim.pruning.shards import own_part, whole
 from wcr_optim.pruning.threshold import Keeper, Scope, check_sparsity, slabs
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 Evaluate = Callable[[nn.Module], "float | Mapping[str, float]"]
 
@@ -117,6 +120,34 @@ class SweepResult:
             os.replace(temporary, target)
         finally:
             temporary.unlink(missing_ok=True)
+
+    def plot(
+        self,
+        path_or_ax: str | os.PathLike[str] | Axes | None = None,
+        *,
+        metric: str | None = None,
+        label: str = "model",
+    ) -> Axes:
+        """Draw one metric over the share of pruned weights.
+
+        For several models in one figure see `wcr_optim.plots.sparsity_accuracy`.
+
+        Args:
+            path_or_ax: A file to save the figure to, or matplotlib axes to draw on (default: None)
+            metric: Which metric to draw; None stands for the first one (default: None)
+            label: The curve's name in the legend (default: "model")
+
+        Returns:
+            The axes.
+
+        Raises:
+            ImportError: If matplotlib is not installed.
+        """
+        from wcr_optim import plots  # brings matplotlib, an extra
+
+        if isinstance(path_or_ax, (str, os.PathLike)):
+            return plots.sparsity_accuracy({label: self}, path_or_ax, metric=metric)
+        return plots.sparsity_accuracy({label: self}, ax=path_or_ax, metric=metric)
 
     def __str__(self) -> str:
         return self.table()

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 from wcr_optim.parameters import unwrapped
-from wcr_optim.pruning.masks import Masks, matched
+from wcr_optim.pruning.apply import matched
+from wcr_optim.pruning.masks import Masks
 
 
 def to_torch_prune(model: nn.Module, masks: Masks) -> None:

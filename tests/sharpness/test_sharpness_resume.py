@@ -1,0 +1,319 @@
+"""Checkpoints: 20 steps, a file, and 20 more in new objects are the 40 steps, bit for bit."""
+
+import copy
+import io
+
+import pytest
+import torch
+from sharpness_reference import OPTIMIZERS, TWO_PASS, base_of, batch, closure_of, groups, net, train
+from torch import nn
+
+from wcr_optim import WCR
+from wcr_optim.sharpness import SAM, SSAM, CrAM, SparseSAM
+
+MAKE = {
+    "sam": SAM,
+    "sam_interval": lambda base: SAM(base, interval=3),
+    "asam": lambda base: SAM(base, adaptive=True, eta=0.01),
+    "ssam": SSAM,
+    "fisher": lambda base: SparseSAM(base, update_freq=8, num_samples=6, sparsity=0.7),  # saved within a window
+    "dynamic": lambda base: SparseSAM(base, mask="dynamic", update_freq=3, total_steps=40, sparsity=0.7),
+    "cram": CrAM,
+    "cram_pattern": lambda base: CrAM(base, pattern=(2, 4)),
+}
+
+
+def through_file(state):
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+def make(name, base, order="outer", dropout=False):
+    model = net()
+    if dropout:
+        model = nn.Sequential(*model[:-1], nn.Dropout(0.3), model[-1])
+    bare = base_of(groups(model), base)
+    if order == "outer":
+        return model, WCR(MAKE[name](bare), 1e-2)
+    return model, MAKE[name](WCR(bare, 1e-2))
+
+
+def assert_equal(model, other):
+    for (name, p), q in zip(model.named_parameters(), other.parameters(), strict=True):
+        assert torch.equal(p, q), f"{name} differs by {(p - q).abs().max()}"
+
+
+@pytest.mark.parametrize("name", sorted(MAKE))
+@pytest.mark.parametrize("base", ["sgd", "adamw"])
+@pytest.mark.parametrize("order", ["outer", "inner"])
+def test_twenty_and_twenty_are_forty(name, base, order):
+    model, optimizer = make(name, base, order)
+    train(model, optimizer, range(40))
+    first, early = make(name, base, order)
+    train(first, early, range(20))
+    saved = through_file({"model": first.state_dict(), "optimizer": early.state_dict()})
+    second, late = make(name, base, order)
+    second.load_state_dict(saved["model"])
+    late.load_state_dict(saved["optimizer"])
+    train(second, late, range(20, 40))
+    assert_equal(model, second)
+
+
+@pytest.mark.parametrize("name", ["sam", "fisher", "cram"])
+def test_with_the_random_state_dropout_resumes_too(name):
+    model, optimizer = make(name, "sgd", dropout=True)
+    torch.manual_seed(7)
+    train(model, optimizer, range(40))
+    first, early = make(name, "sgd", dropout=True)
+    torch.manual_seed(7)
+    train(first, early, range(20))
+    saved = through_file(
+        {"model": first.state_dict(), "optimizer": early.state_dict(), "random": torch.get_rng_state()}
+    )
+    torch.manual_seed(99)
+    second, late = make(name, "sgd", dropout=True)
+    second.load_state_dict(saved["model"])
+    late.load_state_dict(saved["optimizer"])
+    torch.set_rng_state(saved["random"])
+    train(second, late, range(20, 40))
+    assert_equal(model, second)
+
+
+@pytest.mark.parametrize("base", ["sgd", "adamw"])
+@pytest.mark.parametrize("state", ["train", "eval", "true_weights"])
+@pytest.mark.parametrize("order", ["outer", "inner"])
+@pytest.mark.parametrize("model_first", [True, False])
+def test_ssam_without_closures_resumes_from_either_state(base, state, order, model_first):
+    model, optimizer = make("ssam", base, order)
+    train(model, optimizer, range(40), closure=False)
+    first, early = make("ssam", base, order)
+    train(first, early, range(20), closure=False)
+    if state == "true_weights":
+        with early.true_weights():
+            saved = through_file({"model": first.state_dict(), "optimizer": early.state_dict()})
+    else:
+        if state == "eval":
+            early.eval()
+        saved = through_file({"model": first.state_dict(), "optimizer": early.state_dict()})
+    second, late = make("ssam", base, order)
+    if model_first:
+        second.load_state_dict(saved["model"])
+    late.load_state_dict(saved["optimizer"])
+    if not model_first:
+        second.load_state_dict(saved["model"])
+    late.train()
+    train(second, late, range(20, 40), closure=False)
+    assert_equal(model, second)
+    early.train()  # and the run that was saved goes on alike
+    train(first, early, range(20, 40), closure=False)
+    assert_equal(model, first)
+    for each in (optimizer, late, early):
+        each.eval()
+    assert_equal(model, second)
+    assert_equal(model, first)
+
+
+def test_ssam_saved_without_and_resumed_with_closures():
+    model, optimizer = make("ssam", "adamw")
+    train(model, optimizer, range(10))
+    first, early = make("ssam", "adamw")
+    train(first, early, range(5), closure=False)
+    second, late = make("ssam", "adamw")
+    second.load_state_dict(through_file(first.state_dict()))
+    late.load_state_dict(through_file(early.state_dict()))
+    train(second, late, range(5, 10))
+    assert_equal(model, second)
+
+
+@pytest.mark.parametrize("name", sorted(OPTIMIZERS))
+def test_a_bare_bases_checkpoint_is_taken(name):
+    source = net()
+    bare = base_of(source.parameters())
+    train(source, bare, range(5), closure=False)
+    model = net()
+    optimizer = WCR(OPTIMIZERS[name](base_of(model.parameters()), rho=0.3), 1e-2)
+    train(model, optimizer, range(3), closure=name != "ssam")
+    model.load_state_dict(source.state_dict())
+    optimizer.load_state_dict(through_file(bare.state_dict()))
+    assert optimizer.param_groups[0]["rho"] == 0.3
+    fresh = net()
+    other = WCR(OPTIMIZERS[name](base_of(fresh.parameters()), rho=0.3), 1e-2)
+    fresh.load_state_dict(source.state_dict())
+    other.load_state_dict(bare.state_dict())
+    for m, o in ((model, optimizer), (fresh, other)):
+        o.param_groups[0]["sharpness_steps"] = 0  # which goes on counting where the process does
+        train(m, o, range(5, 10))
+    assert_equal(model, fresh)
+
+
+@pytest.mark.parametrize("name", sorted(OPTIMIZERS))
+def test_the_bare_base_takes_our_checkpoint(name):
+    model = net()
+    optimizer = OPTIMIZERS[name](base_of(model.parameters(), "adamw"))
+    train(model, optimizer, range(5))
+    base = base_of(model.parameters(), "adamw")
+    base.load_state_dict(through_file(optimizer.state_dict()))
+    train(model, base, range(5, 8), closure=False)
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", sorted(MAKE))
+def test_a_failed_load_changes_nothing(name):
+    model, optimizer = make(name, "sgd")
+    twin, same = make(name, "sgd")
+    for m, o in ((model, optimizer), (twin, same)):
+        train(m, o, range(5), closure=name != "ssam")
+    state = optimizer.state_dict()
+    state["param_groups"] = state["param_groups"][:2]
+    with pytest.raises(ValueError, match="different number of parameter groups"):
+        optimizer.load_state_dict(state)
+    assert_equal(model, twin)
+    for m, o in ((model, optimizer), (twin, same)):
+        train(m, o, range(5, 10), closure=name != "ssam")
+    assert_equal(model, twin)
+
+
+def test_ssam_rolled_back_in_place():
+    """Weights and state of an earlier step, loaded into the running objects in any order."""
+    model, optimizer = make("ssam", "adamw")
+    train(model, optimizer, range(5), closure=False)
+    saved = through_file({"model": model.state_dict(), "optimizer": optimizer.state_dict()})
+    train(model, optimizer, range(5, 10), closure=False)
+    expected = copy.deepcopy(model)
+    for order in (("model", "optimizer"), ("optimizer", "model")):
+        train(model, optimizer, range(20, 23), closure=False)
+        for part in order:
+            # Torch's optimizers go on to write to the tensors that they were given.
+            {"model": model, "optimizer": optimizer}[part].load_state_dict(copy.deepcopy(saved[part]))
+        train(model, optimizer, range(5, 10), closure=False)
+        assert_equal(model, expected)
+
+
+def test_ssam_goes_on_from_a_bare_checkpoint_loaded_while_perturbed():
+    """The optimizer's state alone is loaded: the true weights come back before it goes."""
+    model, optimizer = make("ssam", "sgd")
+    train(model, optimizer, range(5), closure=False)
+    with optimizer.true_weights():
+        expected = [p.detach().clone() for p in model.parameters()]
+    optimizer.load_state_dict(base_of(groups(net())).state_dict())
+    assert all(torch.equal(p, e) for p, e in zip(model.parameters(), expected, strict=True))
+    optimizer.eval()
+    assert all(torch.equal(p, e) for p, e in zip(model.parameters(), expected, strict=True))
+
+
+class TestWritingPerturbedWeights:
+    """What the docstring says of weights that are loaded or edited without bringing the true ones into place."""
+
+    def setup_method(self):
+        self.model = net()
+        self.optimizer = WCR(SSAM(base_of(self.model.parameters())), 0.0)
+        train(self.model, self.optimizer, range(3), closure=False)
+        self.other = {key: value + 1 for key, value in net().state_dict().items()}
+
+    def assert_holds(self, expected):
+        for key, value in self.model.state_dict().items():
+            assert torch.equal(value, expected[key])
+
+    def test_eval_takes_them_as_the_true_ones_with_a_warning(self):
+        self.model.load_state_dict(self.other)
+        with pytest.warns(UserWarning, match="8 parameters were written while they held"):
+            self.optimizer.eval()
+        self.assert_holds(self.other)
+        self.optimizer.train()
+        self.assert_holds(self.other)  # and knows of no perturbation of theirs
+
+    def test_a_step_does_too(self):
+        expected = net()
+        expected.load_state_dict(self.other)
+        bare = base_of(expected.parameters())
+        bare.load_state_dict(copy.deepcopy(self.optimizer.state_dict()))
+        self.model.load_state_dict(self.other)
+        with pytest.warns(UserWarning, match="were written"):
+            train(self.model, self.optimizer, [3], closure=False)
+        train(expected, bare, [3], closure=False)
+        self.optimizer.eval()
+        self.assert_holds(expected.state_dict())
+
+    def test_only_those_that_were_written(self):
+        with self.optimizer.true_weights():
+            expected = {key: value.clone() for key, value in self.model.state_dict().items()}
+        bias = self.model[6].bias
+        with torch.no_grad():
+            bias.zero_()
+        with pytest.warns(UserWarning, match="1 parameters were written"):
+            self.optimizer.eval()
+        self.assert_holds(expected | {"6.bias": torch.zeros_like(bias)})
+
+    def test_edits_of_the_true_weights_get_the_perturbation_added(self):
+        perturbed = {key: value.clone() for key, value in self.model.state_dict().items()}
+        with self.optimizer.true_weights():
+            true = {key: value.clone() for key, value in self.model.state_dict().items()}
+            with torch.no_grad():
+                for p in self.model.parameters():
+                    p.mul_(p.abs() > 0.1)  # pruned, say
+            edited = {key: value.clone() for key, value in self.model.state_dict().items()}
+        for key, value in self.model.state_dict().items():
+            expected = edited[key] + (perturbed[key] - true[key])
+            torch.testing.assert_close(value, expected, rtol=1e-12, atol=1e-14)
+        self.optimizer.eval()
+        self.assert_holds(edited)
+
+    def test_twice_and_alone(self):
+        perturbed = {key: value.clone() for key, value in self.model.state_dict().items()}
+        self.optimizer.train()
+        self.assert_holds(perturbed)
+        self.optimizer.eval()
+        true = {key: value.clone() for key, value in self.model.state_dict().items()}
+        assert any(not torch.equal(true[key], perturbed[key]) for key in true)
+        self.optimizer.eval()
+        self.assert_holds(true)
+        with self.optimizer.true_weights():
+            self.assert_holds(true)
+        self.assert_holds(true)
+        for _ in range(3):
+            self.optimizer.train()
+            self.assert_holds(perturbed)
+            self.optimizer.eval()
+            self.assert_holds(true)
+
+    def test_a_new_optimizer_has_nothing_to_perturb(self):
+        model = net()
+        optimizer = SSAM(base_of(model.parameters()))
+        before = {key: value.clone() for key, value in model.state_dict().items()}
+        for change in (optimizer.train, optimizer.eval, optimizer.train):
+            change()
+            for key, value in model.state_dict().items():
+                assert torch.equal(value, before[key])
+
+    def test_a_closure_after_plain_steps_starts_from_the_perturbed_weights(self):
+        twin = net()
+        same = WCR(SSAM(base_of(twin.parameters())), 0.0)
+        train(twin, same, range(3))
+        train(self.model, self.optimizer, range(3, 6))
+        train(twin, same, range(3, 6))
+        self.assert_holds(twin.state_dict())
+
+
+@pytest.mark.parametrize("name", TWO_PASS)
+def test_a_parameter_group_added_later(name):
+    model, extra = net(), nn.Parameter(torch.ones(4, dtype=torch.float64))
+    optimizer = OPTIMIZERS[name](base_of(model.parameters()), rho=0.3)
+    train(model, optimizer, range(3))
+    optimizer.add_param_group({"params": [extra], "lr": 0.1})
+    assert optimizer.param_groups[1]["rho"] == 0.3
+    x, y = batch(3)
+    seen = []
+
+    def closure():
+        optimizer.zero_grad()
+        seen.append(extra.detach().clone())
+        loss = (model(x) - y).square().mean() + extra.square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    assert not torch.equal(seen[0], seen[1]) or name == "sparse_sam"
+    assert not torch.equal(extra, torch.ones_like(extra))
+    assert closure_of(model, optimizer, 4)() is not None

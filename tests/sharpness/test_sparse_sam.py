@@ -1,0 +1,215 @@
+"""SparseSAM's masks: exact counts, per-sample Fisher information, drop and growth, and what they leave alone."""
+
+import math
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import given, settings
+from sharpness_reference import base_of, batch, closure_of, gradients_at, groups, net, plain_norm, plain_top, train
+from torch import nn
+
+from wcr_optim import WCR
+from wcr_optim.sharpness import SparseSAM
+
+
+def masks_of(optimizer):
+    return [optimizer._masks.get(optimizer, p) for group in optimizer.param_groups for p in group["params"]]
+
+
+def moved_in(model, optimizer, step):
+    """Which entries the second pass of a step finds changed, and by how much."""
+    passes = []
+    evaluate = closure_of(model, optimizer, step)
+    optimizer.step(lambda: passes.append([p.detach().clone() for p in model.parameters()]) or evaluate())
+    return [after - before for before, after in zip(*passes, strict=True)]
+
+
+@pytest.mark.parametrize("mask", ["fisher", "dynamic"])
+@pytest.mark.parametrize("sparsity", [0.0, 0.123, 0.5, 0.9, 0.999, 1.0])
+def test_exactly_the_share_is_perturbed(mask, sparsity):
+    model = net()
+    optimizer = SparseSAM(base_of(model.parameters()), 0.1, sparsity, mask, update_freq=2, total_steps=20)
+    total = sum(p.numel() for p in model.parameters())
+    for step in range(8):
+        moved = moved_in(model, optimizer, step)
+        assert sum(int((e != 0).sum()) for e in moved) == total - round(sparsity * total)
+
+
+@given(
+    sparsity=st.floats(0, 1),
+    update_freq=st.integers(1, 4),
+    drop_rate=st.floats(0, 1),
+    total_steps=st.none() | st.integers(1, 12),
+)
+@settings(max_examples=25, deadline=None)
+def test_dynamic_masks_keep_their_count_whatever_the_options(sparsity, update_freq, drop_rate, total_steps):
+    model = nn.Linear(7, 5).double()
+    optimizer = SparseSAM(
+        torch.optim.SGD(model.parameters(), lr=0.01),
+        sparsity=sparsity,
+        mask="dynamic",
+        update_freq=update_freq,
+        drop_rate=drop_rate,
+        total_steps=total_steps,
+    )
+    x = torch.randn(6, 7, dtype=torch.float64)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = model(x).square().mean()
+        loss.backward()
+        return loss
+
+    for _ in range(6):
+        optimizer.step(closure)
+        assert sum(int(mask.sum()) for mask in masks_of(optimizer)) == 40 - round(sparsity * 40)
+
+
+def test_perturbation_is_masked_and_not_renormalized():
+    model = net()
+    optimizer = SparseSAM(base_of(groups(model, (0.1, 0.3, 0.2))), sparsity=0.8)
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    rhos = [group["rho"] for group in optimizer.param_groups for _ in group["params"]]
+    g = gradients_at(model, params, [p.detach() for p in params], 0)
+    kept = plain_top([x**2 for x in g], 0.8)
+    moved = moved_in(model, optimizer, 0)
+    for e, x, mask, rho in zip(moved, g, kept, rhos, strict=True):
+        torch.testing.assert_close(e, mask * rho * x / (plain_norm(g) + 1e-7), rtol=1e-9, atol=1e-14)
+
+
+def test_fisher_mask_of_single_samples():
+    """update_mask(losses) ranks by the sum of squared per-sample gradients, not by the square of their sum."""
+    model = net()
+    optimizer = SparseSAM(base_of(model.parameters()), sparsity=0.7, update_freq=None)
+    x, y = batch(0)
+    params = list(model.parameters())
+    fisher = [torch.zeros_like(p) for p in params]
+    for a, b in zip(x, y, strict=True):
+        for total, g in zip(
+            fisher,
+            torch.autograd.grad((model(a[None]) - b[None]).square().mean(), params),
+            strict=True,
+        ):
+            total += g**2
+    expected = plain_top(fisher, 0.7)
+    batch_mask = plain_top([g**2 for g in gradients_at(model, params, [p.detach() for p in params], 0)], 0.7)
+    assert any(not torch.equal(a, b) for a, b in zip(expected, batch_mask, strict=True))
+    optimizer.update_mask((model(a[None]) - b[None]).square().mean() for a, b in zip(x, y, strict=True))
+    assert all(p.grad is None for p in params)
+    for steps in ([0], range(1, 5)):
+        for mask, e in zip(masks_of(optimizer), expected, strict=True):
+            assert torch.equal(mask, e.bool())
+        train(model, optimizer, steps)
+
+
+def test_mask_made_before_training_is_used_until_the_first_refresh():
+    model = net()
+    optimizer = SparseSAM(base_of(model.parameters()), sparsity=0.7, update_freq=3, num_samples=1)
+    x, y = batch(5)
+    optimizer.update_mask((model(a[None]) - b[None]).square().mean() for a, b in zip(x, y, strict=True))
+    made = [mask.clone() for mask in masks_of(optimizer)]
+    train(model, optimizer, range(3))
+    assert all(torch.equal(a, b) for a, b in zip(masks_of(optimizer), made, strict=True))
+    train(model, optimizer, [3])
+    assert any(not torch.equal(a, b) for a, b in zip(masks_of(optimizer), made, strict=True))
+
+
+def test_update_mask_leaves_running_statistics_alone_and_the_mask_after_an_error():
+    model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(16, 3)).double()
+    optimizer = SparseSAM(base_of(model.parameters()), model=model)
+    x, y = batch(0)
+    optimizer.update_mask((model(a[None]) - b[None]).square().mean() for a, b in zip(x, y, strict=True))
+    assert model[1].num_batches_tracked == 0
+    assert torch.equal(model[1].running_mean, torch.zeros(4, dtype=torch.float64))
+    made = [mask.clone() for mask in masks_of(optimizer)]
+
+    def failing():
+        yield model(x).square().mean()
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        optimizer.update_mask(failing())
+    with pytest.raises(ValueError, match="no losses"):
+        optimizer.update_mask([])
+    with pytest.raises(ValueError, match="not finite"):
+        optimizer.update_mask(model(x).sum() * float("nan") for _ in range(1))
+    assert model[1].num_batches_tracked == 0
+    assert all(torch.equal(a, b) for a, b in zip(masks_of(optimizer), made, strict=True))
+    dynamic = SparseSAM(base_of(net().parameters()), mask="dynamic")
+    with pytest.raises(ValueError, match="mask='dynamic'"):
+        dynamic.update_mask([])
+
+
+@pytest.mark.parametrize("total_steps", [None, 10])
+def test_dynamic_mask_drops_the_smallest_gradients_and_grows_elsewhere(total_steps):
+    model = net()
+    optimizer = SparseSAM(
+        base_of(model.parameters()), sparsity=0.6, mask="dynamic", update_freq=2, drop_rate=0.4, total_steps=total_steps
+    )
+    params = list(model.parameters())
+    previous = None
+    for step in range(12):
+        g = torch.cat([x.flatten().abs() for x in gradients_at(model, params, [p.detach() for p in params], step)])
+        train(model, optimizer, [step])
+        mask = torch.cat([m.flatten() for m in masks_of(optimizer)])
+        if previous is not None and step % 2:
+            assert torch.equal(mask, previous)
+        elif previous is not None:
+            share = 0.4 if total_steps is None else 0.4 * (1 + math.cos(math.pi * min(step / 10, 1))) / 2
+            live = int(previous.sum())
+            dropped = previous & ~mask
+            assert int(dropped.sum()) == int((mask & ~previous).sum()) == int(share * live)
+            if dropped.any():
+                assert g[dropped].max() <= g[previous & mask].min()
+        previous = mask
+
+
+def test_random_masks_depend_on_the_seed_alone():
+    def first_mask(seed, noise):
+        torch.manual_seed(noise)
+        model = net()
+        optimizer = SparseSAM(base_of(model.parameters()), mask="dynamic", seed=seed)
+        state = torch.get_rng_state()
+        train(model, optimizer, [0])
+        assert torch.equal(torch.get_rng_state(), state)
+        return torch.cat([m.flatten() for m in masks_of(optimizer)])
+
+    assert torch.equal(first_mask(1, 5), first_mask(1, 6))
+    assert not torch.equal(first_mask(1, 5), first_mask(2, 5))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_masks_are_saved_as_booleans_and_come_back_as_such(dtype):
+    model = net(dtype)
+    optimizer = WCR(SparseSAM(torch.optim.SGD(model.parameters(), lr=0.01)), 1e-3)
+    train(model, optimizer, range(2))
+    state = optimizer.state_dict()
+    assert all(values["sparse_sam_mask"].dtype == torch.bool for values in state["state"].values())
+    other = WCR(SparseSAM(torch.optim.SGD(net(dtype).parameters(), lr=0.01)), 1e-3)
+    other.load_state_dict(state)
+    for values, p in zip(state["state"].values(), other.param_groups[0]["params"], strict=True):
+        assert other.state[p]["sparse_sam_mask"].dtype == torch.bool
+        assert torch.equal(other.state[p]["sparse_sam_mask"], values["sparse_sam_mask"])
+
+
+@pytest.mark.parametrize("mask", ["fisher", "dynamic"])
+def test_a_step_that_is_tried_again_uses_the_same_masks(mask):
+    """A failed second pass does not count its gradient twice, nor draw another mask."""
+    models = [net(), net()]
+    optimizers = [SparseSAM(base_of(model.parameters()), mask=mask, update_freq=2, num_samples=2) for model in models]
+    for step in range(6):
+        calls = []
+
+        def closure(step=step, calls=calls):
+            calls.append(1)
+            if len(calls) == 2:
+                raise ValueError("out of memory")
+            return closure_of(models[0], optimizers[0], step)()
+
+        with pytest.raises(ValueError, match="out of memory"):
+            optimizers[0].step(closure)
+        for model, optimizer in zip(models, optimizers, strict=True):
+            train(model, optimizer, [step])
+    for p, q in zip(*(model.parameters() for model in models), strict=True):
+        assert torch.equal(p, q)

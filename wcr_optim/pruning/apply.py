@@ -1,0 +1,126 @@
+"""Putting masks on a model: for good, or for the duration of a block."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from wcr_optim.layout import as_dtensor, local
+from wcr_optim.parameters import refusal, unwrapped
+from wcr_optim.pruning.masks import Masks
+from wcr_optim.pruning.shards import own_part
+
+
+def apply_(model: nn.Module, masks: Masks) -> None:
+    """Set the pruned weights of a model to zero, in place.
+
+    The parameters stay the same objects in the same memory; nothing is added to the model, so copies, checkpoints,
+    compiled and distributed wrappers are as before. Further training moves the weights away from zero again: apply
+    the masks again, after every step for training with a fixed mask.
+
+    Args:
+        model: The model; ``torch.compile`` and data-parallel wrappers around it are looked through.
+        masks: Masks of some or all of its parameters.
+
+    Raises:
+        KeyError: If the model has no parameter of a mask's name.
+        ValueError: If a mask's shape is not its parameter's, or two masks name the same shared parameter. No weight
+            has been changed then.
+    """
+    for target in matched(model, masks):
+        _zero(target, masks)
+
+
+@contextmanager
+def applied(model: nn.Module, masks: Masks) -> Iterator[None]:
+    """Prune a model for the duration of a ``with`` block, and put back its exact weights at the end of it.
+
+    Holds a copy of the masked parameters meanwhile.
+
+    Args:
+        model: As in `apply_`.
+        masks: As in `apply_`.
+
+    Raises:
+        KeyError: As `apply_`.
+        ValueError: As `apply_`.
+
+    Example:
+        >>> with applied(model, magnitude_masks(model, 0.95)):
+        ...     accuracy = evaluate(model)
+    """
+    targets = matched(model, masks)
+    with weights_restored([target.parameter for target in targets]):
+        for target in targets:
+            _zero(target, masks)
+        yield
+
+
+@contextmanager
+def weights_restored(tensors: Iterable[Tensor]) -> Iterator[Callable[[], None]]:
+    """Put tensors back to what they hold now, bit for bit, when the block is left in whatever way.
+
+    Yields a function that does so before.
+    """
+    copies = [(tensor, local(tensor.detach()).clone()) for tensor in tensors]
+
+    def restore() -> None:
+        for tensor, copy in copies:
+            local(tensor.detach()).copy_(copy)
+
+    try:
+        yield restore
+    finally:
+        restore()
+
+
+class Target(NamedTuple):
+    """A parameter and the name of its mask."""
+
+    name: str
+    parameter: nn.Parameter
+
+
+def matched(model: nn.Module, masks: Masks) -> list[Target]:
+    """Match masks to parameters, or raise before anything is changed."""
+    model = unwrapped(model)
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    named: dict[int, str] = {}
+    targets = []
+    for name, shape in masks.shapes.items():
+        if name not in parameters:
+            raise KeyError(f"{name}: {_missing(model, name)}")
+        parameter = parameters[name]
+        if is_lazy(parameter) or parameter.shape != shape:
+            has = "no shape yet" if is_lazy(parameter) else f"shape {tuple(parameter.shape)}"
+            raise ValueError(f"the mask of {name} has shape {tuple(shape)}, the parameter has {has}")
+        if id(parameter) in named:
+            raise ValueError(f"{name} and {named[id(parameter)]} are the same parameter: keep one of the two masks")
+        named[id(parameter)] = name
+        targets.append(Target(name, parameter))
+    return targets
+
+
+def _missing(model: nn.Module, name: str) -> str:
+    path, _, own_name = name.rpartition(".")
+    try:
+        owner = model.get_submodule(path)
+    except AttributeError:
+        return "the model has no such parameter; masks belong to the model that they were made for"
+    reason = refusal(owner, own_name) or refusal(owner, f"{own_name}_orig")
+    return f"the weight {reason}" if reason else f"{type(owner).__name__} has no such parameter"
+
+
+def _zero(target: Target, masks: Masks) -> None:
+    # Written rather than multiplied: 0 * inf is NaN, and 0 * negative is -0.
+    if as_dtensor(target.parameter) is not None:
+        pruned = ~own_part(masks[target.name], target.parameter)
+        part = local(target.parameter.detach())
+        part.masked_fill_(pruned.to(part.device), 0)
+        return
+    for slab, pruned in masks.pruned_slabs(target.name, target.parameter):
+        slab.masked_fill_(pruned, 0)

@@ -1,0 +1,98 @@
+"""What every optimizer here asks of its base and of its groups, refused before anything is changed."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Mapping, Sequence
+from numbers import Integral, Real
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from wcr_optim.wrapper import OptimizerWrapper
+
+
+def check_base(name: str, base: Any) -> None:
+    """Raise unless gradients can be taken away from the base's weights.
+
+    Raises:
+        TypeError: If the innermost optimizer runs its closure itself.
+        ValueError: If it has an option of its own called rho.
+    """
+    inner = base
+    while isinstance(inner, OptimizerWrapper):
+        inner = inner.base
+    if not isinstance(inner, Optimizer):
+        return  # OptimizerWrapper has the words for it
+    kind = type(inner).__name__
+    closure = inspect.signature(type(inner).step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise TypeError(
+            f"{name} cannot go around {kind}, which evaluates its closure itself, at weights of its own choosing: "
+            f"there is no moment at which to perturb them. Wrap an optimizer that steps on the gradients in .grad"
+        )
+    if "rho" in inspect.signature(type(inner).__init__).parameters:
+        raise ValueError(
+            f"{kind} has a 'rho' of its own, and {name}'s radius rho would overwrite it in the param_groups: "
+            f"wrap another optimizer"
+        )
+
+
+def check_model(name: str, model: Any) -> None:
+    """Raise TypeError unless model is None or a module."""
+    if model is not None and not isinstance(model, nn.Module):
+        raise TypeError(
+            f"{name} takes the model as model=, a torch.nn.Module whose norm layers keep running statistics; "
+            f"got {type(model).__name__}"
+        )
+
+
+def check_rho(group: Mapping[str, Any], index: int) -> None:
+    """Raise unless a group's rho is a finite number, not negative."""
+    rho = group["rho"]
+    where = f"param_groups[{index}]"
+    if isinstance(rho, bool) or not isinstance(rho, Real):
+        raise TypeError(f"rho must be a number, got {rho!r} in {where}")
+    if not 0.0 <= float(rho) < math.inf:
+        raise ValueError(f"rho must be finite and not negative, got {rho!r} in {where}")
+
+
+def check_share(name: str, share: Any) -> float:
+    """Return a share of all weights as a float in [0, 1]."""
+    if isinstance(share, bool) or not isinstance(share, Real):
+        raise TypeError(f"{name} must be a number, got {share!r}")
+    if not 0.0 <= float(share) <= 1.0:
+        raise ValueError(f"{name} must lie in [0, 1], got {share!r}")
+    return float(share)
+
+
+def check_count(name: str, count: Any) -> int:
+    """Return a positive whole number."""
+    if isinstance(count, bool) or not isinstance(count, Integral):
+        raise TypeError(f"{name} must be a whole number, got {count!r}")
+    if count < 1:
+        raise ValueError(f"{name} must be at least 1, got {count!r}")
+    return int(count)
+
+
+def with_gradient(group: Mapping[str, Any]) -> list[Tensor]:
+    """Return a group's parameters that have a gradient.
+
+    Raises:
+        TypeError: If a gradient is sparse.
+    """
+    params = [p for p in group["params"] if p.grad is not None]
+    for p in params:
+        if p.grad.is_sparse:
+            raise TypeError(
+                f"perturbations are dense, and the gradient of a parameter of shape {tuple(p.shape)} is sparse: "
+                f"build its layer with sparse=False"
+            )
+    return params
+
+
+def gradients(params: Sequence[Tensor]) -> list[Tensor]:
+    """Return the gradients of parameters that have one."""
+    return [p.grad for p in params if p.grad is not None]

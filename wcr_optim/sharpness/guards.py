@@ -1,0 +1,76 @@
+"""What a second pass over the same data must leave as the first one left it: running statistics and random numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+
+class RunningStatistics:
+    """The running statistics of a model's norm layers as they are now.
+
+    Found by the names that torch's norm layers and their relatives elsewhere give these buffers, `running_...` and
+    `num_batches_tracked`, so that momentum=None, SyncBatchNorm and InstanceNorm need nothing of their own.
+
+    Args:
+        model: The model; None has no statistics.
+    """
+
+    def __init__(self, model: nn.Module | None) -> None:
+        self._saved: list[tuple[nn.Module, str, Tensor, Tensor]] = []
+        for module in model.modules() if model is not None else ():
+            for name, buffer in module.named_buffers(recurse=False):
+                counted = name.startswith("running_") or name == "num_batches_tracked"
+                if counted and not is_lazy(buffer):
+                    self._saved.append((module, name, buffer, buffer.detach().clone()))
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Put the statistics back; a layer that replaced a buffer by a new tensor gets its old one again."""
+        for module, name, buffer, value in self._saved:
+            buffer.copy_(value)
+            setattr(module, name, buffer)
+
+
+RandomStates = list[tuple[torch.device, Tensor]]
+
+
+def random_states(devices: Iterable[torch.device]) -> RandomStates:
+    """Return the states of the global random number generators of the CPU and of these devices."""
+    states = [(torch.device("cpu"), torch.get_rng_state())]
+    for device in sorted(set(devices), key=str):
+        if device.type in ("cpu", "meta"):
+            continue
+        module = torch.get_device_module(device)
+        states.append((device, module.get_rng_state() if device.type == "mps" else module.get_rng_state(device)))
+    return states
+
+
+def set_random_states(states: RandomStates) -> None:
+    """Set the generators to states that `random_states` returned."""
+    for device, state in states:
+        if device.type == "cpu":
+            torch.set_rng_state(state)
+        elif device.type == "mps":
+            torch.get_device_module(device).set_rng_state(state)
+        else:
+            torch.get_device_module(device).set_rng_state(state, device)
+
+
+@contextmanager
+def random_numbers_repeated(states: RandomStates) -> Iterator[None]:
+    """Draw the numbers that were drawn since these states were taken; afterwards go on from where the generators are.
+
+    Args:
+        states: As `random_states` returned them earlier; empty for nothing to happen.
+    """
+    now = random_states(device for device, _ in states) if states else []
+    try:
+        set_random_states(states)
+        yield
+    finally:
+        set_random_states(now)

@@ -1,0 +1,272 @@
+"""SAM with a perturbation that is zero in most entries."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.amp import GradScaler
+from torch.optim import Optimizer
+
+from wcr_optim.layout import local
+from wcr_optim.pruning.threshold import keep_masks, pruned_count
+from wcr_optim.sharpness.checks import check_count, check_share
+from wcr_optim.sharpness.guards import RunningStatistics
+from wcr_optim.sharpness.slots import Slot
+from wcr_optim.sharpness.two_pass import TwoPass
+
+EPS = 1e-7
+
+
+class SparseSAM(TwoPass):
+    """SAM that perturbs only a share of the entries, those where it matters most.
+
+        optimizer = SparseSAM(torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), sparsity=0.8)
+        loss = optimizer.step(closure)
+
+    With g the gradient at the weights w and ||g|| its whole norm, over all parameters and not only where the mask is,
+
+        e = mask * rho * g / (||g|| + 1e-7),
+
+    and the base steps from w with the gradient at w + e. Of n entries, `round(sparsity * n)` are not perturbed.
+
+    mask="fisher" keeps the entries with the largest sum of squared gradients, a diagonal Fisher information. The
+    authors sum over single samples; so does `update_mask(losses)`, with losses of yours:
+
+        optimizer.update_mask(loss_fn(model(x[None]), y[None]) for x, y in samples)
+
+    Without that, the squared gradients of the num_samples steps up to a refresh stand for them. They are gradients of
+    batch means: the squared mean of a batch's gradients rather than the mean of their squares, an estimate that costs
+    nothing but a sum. The very first mask is that of the first step's gradient, unless `update_mask` came before.
+
+    mask="dynamic" starts at random. A refresh at step t drops the share
+
+        drop_rate (1 + cos(pi t / total_steps)) / 2
+
+    of the perturbed entries, those with the smallest |g|, and takes as many others at random.
+
+    Refreshes happen every update_freq steps, with that step's gradient and before its perturbation. Parameters without
+    a gradient are not counted. Masks are saved in the state. Under DDP without reduced first gradients, and with
+    sharded parameters, each rank has masks of its own, of the entries that it holds.
+
+    See `TwoPass` for manual loops, clipping, mixed precision and DistributedDataParallel.
+
+    Args:
+        base: The optimizer instance to wrap.
+        rho: Radius, in units of a weight; also the key in the groups (default: 0.05).
+        sparsity: Share of the entries that are not perturbed (default: 0.5).
+        mask: "fisher" or "dynamic" (default: "fisher").
+        update_freq: Steps between refreshes, the authors' being an epoch; None leaves them to `update_mask`
+            (default: 100).
+        num_samples: Steps whose gradients make up a Fisher mask, up to update_freq of them (default: 16).
+        drop_rate: Share of entries that a dynamic mask exchanges at first (default: 0.5).
+        total_steps: Length of the training, over which the exchanged share falls to zero; None keeps it at drop_rate
+            (default: None).
+        seed: Of dynamic masks; the global generators are not touched (default: 0).
+        model: As in `SAM` (default: None).
+        same_dropout: As in `SAM` (default: True).
+        scaler: As in `SAM` (default: None).
+
+    Raises:
+        TypeError: As `SAM`.
+        ValueError: As `SAM`, if a share lies outside [0, 1], a count is below 1, or mask is unknown.
+        RuntimeError: As `SAM`.
+
+    Source:
+        Mi et al., "Make Sharpness-Aware Minimization Stronger: A Sparsified Perturbation Approach", NeurIPS 2022. Its
+        SSAM is another algorithm than this package's `SSAM`.
+    """
+
+    def __init__(
+        self,
+        base: Optimizer,
+        rho: float = 0.05,
+        sparsity: float = 0.5,
+        mask: str = "fisher",
+        *,
+        update_freq: int | None = 100,
+        num_samples: int = 16,
+        drop_rate: float = 0.5,
+        total_steps: int | None = None,
+        seed: int = 0,
+        model: nn.Module | None = None,
+        same_dropout: bool = True,
+        scaler: GradScaler | None = None,
+    ) -> None:
+        if mask not in ("fisher", "dynamic"):
+            raise ValueError(f"unknown mask {mask!r}; choose 'fisher' or 'dynamic'")
+        self.sparsity = check_share("sparsity", sparsity)
+        self.mask = mask
+        self.update_freq = None if update_freq is None else check_count("update_freq", update_freq)
+        self.num_samples = check_count("num_samples", num_samples)
+        self.drop_rate = check_share("drop_rate", drop_rate)
+        self.total_steps = None if total_steps is None else check_count("total_steps", total_steps)
+        self.seed = seed
+        self._masks = Slot("sparse_sam_mask")
+        self._fisher = Slot("sparse_sam_fisher")
+        self._prepared: int | None = None  # the step that masks are ready for
+        super().__init__(base, rho=rho, model=model, same_dropout=same_dropout, scaler=scaler)
+
+    def update_mask(self, losses: Iterable[Tensor]) -> None:
+        """Make a Fisher mask of the squared gradients of single samples' losses.
+
+        Neither .grad nor, given model=, running statistics are touched. Give a generator, so that one graph lives at
+        a time, and the bare model where it is wrapped for distributed training.
+
+        Args:
+            losses: One loss per sample, each a tensor of one element with a graph.
+
+        Raises:
+            ValueError: If mask is not "fisher", there are no losses, or a gradient is not finite; the mask is as
+                before then.
+
+        """
+        if self.mask != "fisher":
+            raise ValueError(f"update_mask() makes Fisher masks, and this is SparseSAM with mask={self.mask!r}")
+        params = [p for group in self.param_groups for p in group["params"] if p.requires_grad]
+        sums: dict[Tensor, Tensor] = {}
+        statistics = RunningStatistics(self.model)
+        try:
+            with torch.enable_grad():
+                for loss in losses:
+                    found = torch.autograd.grad(loss, params, allow_unused=True)
+                    for p, grad in zip(params, found, strict=True):
+                        if grad is not None:
+                            total = sums.setdefault(p, torch.zeros_like(p, requires_grad=False))
+                            local(total).addcmul_(local(grad), local(grad))
+        finally:
+            statistics.restore()
+        if not sums:
+            raise ValueError("no losses to make a mask of; an exhausted iterator gives none")
+        scores = [local(total) for total in sums.values()]
+        if not all(bool(score.isfinite().all()) for score in scores):
+            raise ValueError("a gradient of the losses is not finite; the mask stays as it is")
+        self._set_masks(list(sums), _largest(scores, self.sparsity))
+
+    def update(self) -> None:
+        """Let the base update the weights."""
+        super().update()
+        stepped = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        self._masks.settle(self, stepped)
+        self._fisher.settle(self, stepped)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state_dict, masks included; without any in it, they are made anew."""
+        super().load_state_dict(state_dict)
+        self._prepared = None
+        self._masks.clear()
+        self._fisher.clear()
+        for state in self.state.values():
+            if self._masks.key in state:  # which torch has cast to the parameter's dtype
+                state[self._masks.key] = state[self._masks.key].bool()
+
+    def _perturb(self, params: Sequence[Sequence[Tensor]], norm: float, scale: float) -> None:
+        if self._prepared != self._steps():  # a step that was skipped or failed is tried again with the same masks
+            self._prepare(scale)
+            self._prepared = self._steps()
+        for group, members in zip(self.param_groups, params, strict=True):
+            length = float(group["rho"]) / ((norm + EPS) * scale)
+            for p in members:
+                mask = self._masks.get(self, p)
+                if mask is not None and p.grad is not None and length > 0.0:
+                    local(p).add_(local(p.grad) * local(mask), alpha=length)
+
+    def _prepare(self, scale: float) -> None:
+        """Collect this step's squared gradients, and refresh the masks if it is time to."""
+        step = self._steps()
+        params = self._masked()
+        first = all(self._masks.get(self, p) is None for p in params)
+        remaining = 0 if first else self._steps_to_refresh(step)
+        if self.mask == "dynamic":
+            if remaining == 0:
+                self._set_masks(params, self._start(params, step) if first else self._evolve(params, step))
+            return
+        if remaining < self.num_samples:
+            self._collect(params, scale)
+        if remaining == 0:
+            sums = [self._fisher.get(self, p) for p in params]
+            scores = [
+                torch.zeros_like(local(p)) if total is None else local(total)
+                for p, total in zip(params, sums, strict=True)
+            ]
+            self._set_masks(params, _largest(scores, self.sparsity))
+            for p in params:
+                self._fisher.drop(self, p)
+
+    def _steps_to_refresh(self, step: int) -> float:
+        if self.update_freq is None:
+            return math.inf
+        return -step % self.update_freq if step else self.update_freq  # not what update_mask() made before training
+
+    def _collect(self, params: Sequence[Tensor], scale: float) -> None:
+        """Add this step's squared gradients to the Fisher sums."""
+        for p in params:
+            if p.grad is not None:
+                total = self._fisher.get(self, p)
+                total = torch.zeros_like(p) if total is None else total
+                local(total).addcmul_(local(p.grad), local(p.grad), value=scale**-2)
+                self._fisher.put(self, p, total)
+
+    def _start(self, params: Sequence[Tensor], step: int) -> list[Tensor]:
+        generator = self._generator(step)
+        scores = [torch.rand(local(p).shape, generator=generator).to(local(p).device) for p in params]
+        return _largest(scores, self.sparsity)
+
+    def _evolve(self, params: Sequence[Tensor], step: int) -> list[Tensor]:
+        """Drop the perturbed entries with the smallest |g|, and take as many others at random."""
+        saved = [self._masks.get(self, p) for p in params]
+        masks = [
+            torch.zeros_like(local(p), dtype=torch.bool) if mask is None else local(mask).clone()
+            for p, mask in zip(params, saved, strict=True)
+        ]
+        total = sum(mask.numel() for mask in masks)
+        live = sum(int(mask.sum()) for mask in masks)
+        wanted = total - pruned_count(self.sparsity, total)
+        dropped = max(min(int(self._drop_share(step) * live), total - live), live - wanted)
+        generator = self._generator(step)
+        noise = [torch.rand(int((~mask).sum()), generator=generator).to(mask.device) for mask in masks]
+        gradients = [torch.zeros_like(local(p)) if p.grad is None else local(p.grad) for p in params]
+        kept = _largest([g[mask] for g, mask in zip(gradients, masks, strict=True)], dropped / max(live, 1))
+        grown = _largest(noise, 1.0 - (wanted - (live - dropped)) / max(total - live, 1))
+        for mask, keep, grow in zip(masks, kept, grown, strict=True):
+            places, others = mask.clone(), ~mask
+            mask[places] = keep
+            mask[others] = grow
+        return masks
+
+    def _drop_share(self, step: int) -> float:
+        if self.total_steps is None:
+            return self.drop_rate
+        return self.drop_rate * (1 + math.cos(math.pi * min(step / self.total_steps, 1.0))) / 2
+
+    def _generator(self, step: int) -> torch.Generator:
+        # Numbers are drawn on the CPU, from the step's own seed, so that they are the same on all ranks and devices
+        # and after a resume.
+        return torch.Generator().manual_seed((self.seed * 1_000_003 + step) % 2**63)
+
+    def _masked(self) -> list[Tensor]:
+        """Return the parameters whose entries are chosen from."""
+        return [
+            p
+            for group in self.param_groups
+            for p in group["params"]
+            if p.grad is not None or self._masks.get(self, p) is not None
+        ]
+
+    def _set_masks(self, params: Sequence[Tensor], masks: Sequence[Tensor]) -> None:
+        for p, mask in zip(params, masks, strict=True):
+            value = torch.empty_like(p, dtype=torch.bool)
+            local(value).copy_(mask)
+            self._masks.put(self, p, value)
+
+    def _describe(self) -> str:
+        return f"sparsity={self.sparsity}, mask={self.mask!r}"
+
+
+def _largest(scores: Sequence[Tensor], sparsity: float) -> list[Tensor]:
+    """Mark all but the share `sparsity` of scores of smallest magnitude, over all tensors together."""
+    named: Mapping[str, Tensor] = {str(index): score for index, score in enumerate(scores)}
+    return list(keep_masks(named, sparsity).values())
