@@ -10,6 +10,7 @@ BENCHMARKS = {
     "demo": "accuracy after one-shot pruning, a small CNN on scikit-learn's digits",
     "pruning": "time and memory of exact magnitude masks against torch.nn.utils.prune",
     "inference": "speed of pruned layers in sparse formats against dense ones",
+    "target": "SparsityTarget against tuned strengths, on digits and a small language model",
     "sharpness-cost": "a training step of SAM and SSAM against their base's",
 }
 

@@ -1,7 +1,8 @@
 """SparsityTarget against tuned strengths: l1, Hoyer-square, WCR in every form, on digits and language.
 
     python -m benchmarks target train --task digits_mlp --optimizer sgd --method hoyer --strengths grid --seeds 0,1
-    python -m benchmarks target train --task digits_mlp --optimizer sgd --method target --goals 0.9,0.95,0.98
+    python -m benchmarks target test --task digits_mlp --optimizer sgd --method none,l1,hoyer,wcr,target --seeds 0,1,2
+    python -m benchmarks target report
 
 Every training run prunes once at rising sparsities and appends its rows to a CSV file; runs that the file already
 holds are skipped, so a killed command continues where it stopped.
@@ -13,6 +14,7 @@ import argparse
 import csv
 import io
 import itertools
+import statistics
 import sys
 import time
 import warnings
@@ -293,6 +295,77 @@ def grid(task: str, optimizer: str, method: str) -> list[float]:
     return [float(f"{lowest * 10 ** (k / 3):.3g}") for k in range(10)]
 
 
+def chosen(rows: Sequence[dict[str, str]], task: str, optimizer: str, method: str, goal: float) -> float | None:
+    """Return the strength with the best mean at a sparsity on validation, of equals the one with the best dense value.
+
+    None if no run on validation is there.
+    """
+    values: dict[float, dict[float, list[float]]] = {}
+    for row in rows:
+        same = (row["task"], row["optimizer"], row["method"], row["split"]) == (task, optimizer, method, "validation")
+        if same and float(row["lr_scale"]) == 1.0 and row["batch_scale"] == "1":
+            at = values.setdefault(float(row["strength"]), {})
+            at.setdefault(float(row["sparsity"]), []).append(float(row["value"]))
+    if not values:
+        return None
+    best = TASKS[task]().best
+    return best(values, key=lambda strength: tuple(statistics.mean(values[strength][at]) for at in (goal, 0.0)))
+
+
+def _tested(o: argparse.Namespace) -> Iterator[Trial]:
+    """Yield the runs on the test split: strengths chosen on validation, once per sparsity, and SparsityTarget."""
+    rows = read(o.output)
+    for seed, task, optimizer, method in itertools.product(o.seeds, o.task, o.optimizer, o.method):
+        goals = o.goals or TASKS[task]().goals
+        common: dict[str, Any] = {"seed": seed, "split": "test"}
+        if method.startswith("target"):
+            yield from (Trial(task, optimizer, method, goal=g, options=x, **common) for g in goals for x in o.options)
+        else:
+            strengths = {chosen(rows, task, optimizer, method, goal) for goal in goals} - {None}
+            yield from (Trial(task, optimizer, method, strength, **common) for strength in sorted(strengths))
+
+
+def report(rows: Sequence[dict[str, str]]) -> str:
+    """Lay out the test runs: for each task and optimizer, dense value -> value at each wanted sparsity."""
+    tested = [row for row in rows if row["split"] == "test" and row["lr_scale"] == "1.0" and row["batch_scale"] == "1"]
+    text = []
+    for task, optimizer in dict.fromkeys((row["task"], row["optimizer"]) for row in tested):
+        here = [row for row in tested if (row["task"], row["optimizer"]) == (task, optimizer)]
+        goals = TASKS[task]().goals
+        text += [f"**{task}, {optimizer}** ({here[0]['metric']})", ""]
+        text += ["| method | " + " | ".join(f"{100 * goal:g} % (dense)" for goal in goals) + " |"]
+        text += ["|---" * (len(goals) + 1) + "|"]
+        for method, options in dict.fromkeys((row["method"], row["options"]) for row in here):
+            cells = [_cell(rows, here, task, optimizer, method, options, goal) for goal in goals]
+            text.append(f"| {method} {options.replace(';', ', ')} | " + " | ".join(cells) + " |")
+        text.append("")
+    return "\n".join(text)
+
+
+def _cell(
+    rows: Sequence[dict[str, str]],
+    here: Sequence[dict[str, str]],
+    task: str,
+    optimizer: str,
+    method: str,
+    options: str,
+    goal: float,
+) -> str:
+    is_target = method.startswith("target")
+    strength = 0.0 if is_target else chosen(rows, task, optimizer, method, goal)
+    found: dict[float, list[float]] = {goal: [], 0.0: []}
+    for row in here:
+        same = (row["method"], row["options"]) == (method, options) and float(row["strength"]) == strength
+        if same and float(row["goal"]) == (goal if is_target else 0.0) and float(row["sparsity"]) in found:
+            found[float(row["sparsity"])].append(float(row["value"]))
+    if not found[goal]:
+        return ""
+    digits_ = 3 if here[0]["metric"] == "bits_per_byte" else 1
+    spread = f" ± {statistics.stdev(found[goal]):.{digits_}f}" if len(found[goal]) > 1 else ""
+    at = "" if method == "none" or is_target else f" at {strength:g}"
+    return f"{statistics.mean(found[goal]):.{digits_}f}{spread} ({statistics.mean(found[0.0]):.{digits_}f}){at}"
+
+
 def _trials(o: argparse.Namespace) -> Iterator[Trial]:
     for seed, task, optimizer, method in itertools.product(o.seeds, o.task, o.optimizer, o.method):
         if method.startswith("target"):
@@ -312,7 +385,7 @@ def _trials(o: argparse.Namespace) -> Iterator[Trial]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the measurement; see ``--help``."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks target", description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=("train",))
+    parser.add_argument("what", choices=("train", "test", "report"))
     parser.add_argument("--task", type=lambda t: t.split(","), default=["digits_mlp"], help=",".join(TASKS))
     parser.add_argument("--optimizer", type=lambda t: t.split(","), default=["sgd"], help=",".join(OPTIMIZERS))
     parser.add_argument("--method", type=lambda t: t.split(","), default=["target"])
@@ -326,7 +399,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--output", type=Path, default=Path("docs/results/target.csv"))
     options = parser.parse_args(argv)
-    run(list(_trials(options)), options.output, options.jobs)
+    if options.what == "report":
+        print(report(read(options.output)))
+        return 0
+    trials = _trials(options) if options.what == "train" else _tested(options)
+    run(list(trials), options.output, options.jobs)
     return 0
 
 

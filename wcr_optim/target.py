@@ -28,12 +28,14 @@ MEASUREMENTS = 100
 
 # The loop acts on logarithms, of the strength and of the tail's excess over its path. The tail answers a strength by
 # its rate of change, so integral action alone would swing around the path; the proportional part damps it.
-PROPORTIONAL, INTEGRAL = 2.0, 0.15
+PROPORTIONAL, INTEGRAL = 2.0, 0.3
 MAX_CHANGE = 0.5  # of the strength's logarithm from one measurement to the next: a factor of 1.65
 MAX_ERROR = 2.0  # of the tail's logarithm
-FLOOR = 1e-2  # of the starting strength: what is below does nothing and only takes long to come back from
-FIRST_PULL = 2.0  # mean magnitudes that the thresholds of the whole run would add up to at the starting strength
-MAX_ENERGY_LOSS = 30.0  # as a logarithm, of any layer over the whole run, if the penalty alone acted
+FLOOR = 0.1  # of the starting strength: what is below does nothing and only takes long to come back from
+LAST_RESORT = 1e-4  # of the starting strength: how far it is taken back where it does harm
+FIRST_PULL = 5.0  # mean magnitudes that the thresholds of the whole run would add up to at the starting strength
+MAX_ENERGY_LOSS = 10.0  # as a logarithm, of any layer over the whole run, if the penalty alone acted
+RECOVERY = 1.1  # of a ceiling, from one measurement to the next at which the loss is well
 DEAD = 1e-4  # of its energy at the start: a layer that the penalty has all but taken away
 USELESS = 1.01  # a larger step that raises the thresholds by less than this has no effect left to give
 
@@ -49,6 +51,8 @@ class _Loop:
     first_tail: float = math.nan
     tail: float = math.nan
     error: float = 0.0
+    ceiling: float = math.inf
+    harmful: bool = False
     obstacle: str = ""
 
 
@@ -80,7 +84,7 @@ class SparsityTarget:
 
     It does not kill the network: the strength stops rising where more of it would do nothing (a form that saturates),
     where the penalty would take a layer's energy away or has done so (l1), and where the smoothed training loss rises
-    too far above the best it has been: by `max_dense_cost`, or, without one, to 10 % above where it was at the start.
+    too far above the best it has been: by `max_dense_cost`, or, without one, by nearly all that training had gained.
     If the goal was not reached at `total_steps`, a warning says how far it got and what stood in the way.
 
     Every rank of a distributed run must call `step`: the tail of sharded weights is summed and the loss averaged over
@@ -297,19 +301,26 @@ class SparsityTarget:
     ) -> None:
         """Move the level towards what brings the tail onto its path."""
         if lr > loop.lr_peak:  # a warm-up: the step length lr * level stays, instead of growing with lr
-            loop.level, loop.first_level = loop.level * loop.lr_peak / lr, loop.first_level * loop.lr_peak / lr
-            loop.lr_peak = lr
+            shrunk = loop.lr_peak / lr
+            loop.level, loop.first_level, loop.lr_peak = loop.level * shrunk, loop.first_level * shrunk, lr
+            loop.ceiling *= shrunk
         excess = math.log(max(loop.tail, 1e-30) / self.path(loop.first_tail))
         error = min(max(excess, -MAX_ERROR), MAX_ERROR)
         change = PROPORTIONAL * (error - loop.error) + INTEGRAL * error
         loop.error = error
         change = min(max(change, -MAX_CHANGE), MAX_CHANGE)
         limit = self._limit(loop, layers, shares, names, cost)
+        if limit < 0.0 and not loop.harmful:  # the loss answers late: without this the level would overshoot each time
+            loop.ceiling = loop.level / 2
+        elif cost < self._loss.allowed(self.max_dense_cost) / 2:
+            loop.ceiling *= RECOVERY
+        loop.harmful = limit < 0.0
         if limit < change:
             change = limit
         elif limit > 0.0:
             loop.obstacle = ""
-        loop.level = max(loop.level * math.exp(change), loop.first_level * FLOOR)
+        floor = loop.first_level * (LAST_RESORT if limit < 0.0 else FLOOR)
+        loop.level = min(max(loop.level * math.exp(change), min(floor, loop.level)), loop.ceiling)
 
     def _limit(self, loop: _Loop, layers: Moments, shares: Tensor, names: Sequence[str], cost: float) -> float:
         """Bound the change of the level, and note why."""
@@ -318,7 +329,7 @@ class SparsityTarget:
             loop.obstacle = (
                 f"the training loss rose by max_dense_cost={self.max_dense_cost:g} above its best"
                 if self.max_dense_cost is not None
-                else "the training loss rose above where it was at the start"
+                else "the training loss gave back nearly all that training had gained"
             )
             return -MAX_CHANGE
         energy = layers.n * layers.q

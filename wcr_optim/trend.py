@@ -13,7 +13,10 @@ from wcr_optim.moments import accumulator
 
 SMOOTHING = 0.2  # weight of the newest window
 CONFIDENCE = 2.0  # standard errors that count as noise
-AUTOMATIC = 0.1  # of the loss at the start: how far above it the loss may rise when no cost was given
+# Without a cost given, the loss may give back so much of what training gained, or so much of what it was at the start,
+# whichever is more; and nothing is concluded before the gain stands out from the noise by so many standard deviations.
+OF_THE_GAIN, OF_THE_START, SIGNIFICANT = 0.8, 0.25, 4.0
+SETTLING = 10  # windows in which a rise is put down to the start of training: the penalty is still weak then
 
 
 class LossTrend:
@@ -23,12 +26,13 @@ class LossTrend:
         smooth: The smoothed loss; NaN before the first window.
         best: The lowest it has been.
         first: The mean of the first window.
-        noise: Variance of a window's mean around the smoothed loss.
+        noise: Variance of a window's mean around the smoothed loss, when that was at its best.
     """
 
     def __init__(self) -> None:
         self.smooth = self.best = self.first = math.nan
         self.noise = 0.0
+        self._squares, self._windows = 0.0, 0
         self._sum: float | Tensor = 0.0
         self._count = 0
 
@@ -69,19 +73,22 @@ class LossTrend:
         if math.isinf(mean):
             return math.inf
         difference = mean - self.smooth
-        self.noise += SMOOTHING * (difference**2 - self.noise)
+        self._squares += SMOOTHING * (difference**2 - self._squares)
+        self._windows += 1
         self.smooth += SMOOTHING * difference
-        self.best = min(self.best, self.smooth)
+        if self.smooth <= self.best or self._windows <= SETTLING:  # the noise of before a rise: the rise itself is none
+            self.best, self.noise = self.smooth, self._squares / (1 - (1 - SMOOTHING) ** self._windows)
         error = math.sqrt(self.noise * SMOOTHING / (2 - SMOOTHING))
         return max(self.smooth - self.best - CONFIDENCE * error, 0.0)
 
     def allowed(self, max_cost: float | None) -> float:
-        """Return how far the loss may be above its best: what was given, else to somewhat above its start."""
+        """Return how far the loss may be above its best: what was given, else nearly all that was gained."""
         if max_cost is not None:
             return max_cost
-        if math.isnan(self.first):
+        gain = self.first - self.best
+        if not gain > SIGNIFICANT * math.sqrt(self.noise):
             return math.inf
-        return self.first + AUTOMATIC * abs(self.first) - self.best
+        return max(OF_THE_GAIN * gain, OF_THE_START * abs(self.first))
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state as plain numbers."""
@@ -90,6 +97,8 @@ class LossTrend:
             "best": self.best,
             "first": self.first,
             "noise": self.noise,
+            "squares": self._squares,
+            "windows": self._windows,
             "sum": float(self._sum),
             "count": self._count,
         }
@@ -97,4 +106,5 @@ class LossTrend:
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Go on from a state."""
         self.smooth, self.best, self.first = state_dict["smooth"], state_dict["best"], state_dict["first"]
-        self.noise, self._sum, self._count = state_dict["noise"], state_dict["sum"], state_dict["count"]
+        self.noise, self._squares, self._windows = state_dict["noise"], state_dict["squares"], state_dict["windows"]
+        self._sum, self._count = state_dict["sum"], state_dict["count"]
