@@ -95,7 +95,7 @@ class StrengthSchedule:
     def __init__(
         self, optimizer: Optimizer, total_steps: int, warmup: int = 0, shape: str = "constant", final: float = 0.0
     ) -> None:
-        check_total_steps(total_steps)
+        self.total_steps = check_total_steps(total_steps)
         if not 0 <= warmup <= total_steps:
             raise ValueError(f"warmup must lie between 0 and total_steps={total_steps}, got {warmup!r}")
         if shape not in SHAPES:
@@ -103,7 +103,7 @@ class StrengthSchedule:
         if not 0.0 <= final < math.inf:
             raise ValueError(f"final must be a finite number of at least 0, got {final!r}")
         self._strengths = Strengths(optimizer)
-        self.total_steps, self.warmup, self.shape, self.final = total_steps, warmup, shape, final
+        self.warmup, self.shape, self.final = warmup, shape, final
         self.steps = 0
         self._set()
 
@@ -142,14 +142,15 @@ class StrengthSchedule:
             self._strengths.set(index, self._strengths.reference * self.factor())
 
 
-def check_total_steps(total_steps: int | None) -> None:
-    """Raise ValueError unless the number of steps is known and positive."""
+def check_total_steps(total_steps: int | None) -> int:
+    """Return a number of steps; raise ValueError unless it is known and positive."""
     if isinstance(total_steps, bool) or not isinstance(total_steps, int) or total_steps < 1:
         raise ValueError(
             f"total_steps must be the number of optimizer steps of the whole run, epochs * batches, got "
             f"{total_steps!r}; if it is not known, give the number within which the end shall be reached: what is "
             f"reached is kept for as long as training goes on"
         )
+    return total_steps
 
 
 def _concentrating(optimizer: Optimizer) -> Decoupled:

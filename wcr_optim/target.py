@@ -84,7 +84,8 @@ class SparsityTarget:
 
     It does not kill the network: the strength stops rising where more of it would do nothing (a form that saturates),
     where the penalty would take a layer's energy away or has done so (l1), and where the smoothed training loss rises
-    too far above the best it has been: by `max_dense_cost`, or, without one, by nearly all that training had gained.
+    too far above the best it has been: by `max_dense_cost`, or, without one, by most of what training gained (by as
+    much as it was at the start, in fine-tuning).
     If the goal was not reached at `total_steps`, a warning says how far it got and what stood in the way.
 
     Every rank of a distributed run must call `step`: the tail of sharded weights is summed and the loss averaged over
@@ -139,8 +140,7 @@ class SparsityTarget:
             raise ValueError(
                 f"max_dense_cost must be positive and finite, in units of the loss, got {max_dense_cost!r}"
             )
-        check_total_steps(total_steps)
-        assert total_steps is not None
+        total_steps = check_total_steps(total_steps)
         self._strengths = Strengths(optimizer)
         self.sparsity, self.total_steps, self.tail_energy = float(sparsity), total_steps, float(tail_energy)
         self.max_dense_cost, self.scope, self.start, self.end = max_dense_cost, scope, start, end
@@ -212,9 +212,11 @@ class SparsityTarget:
         """Go on from a state of `state_dict`; before or after the optimizer's own is loaded."""
         loops = [_Loop(**loop) for loop in state_dict["loops"]]
         history, energy = [list(row) for row in state_dict["history"]], dict(state_dict["first_energy"])
+        steps, last_tail = state_dict["steps"], state_dict["last_tail"]
+        given, reference = list(state_dict["given"]), state_dict["reference"]
         self._loss.load_state_dict(state_dict["loss"])
-        self.steps, self.last_tail = state_dict["steps"], state_dict["last_tail"]
-        self._strengths.given, self._strengths.reference = list(state_dict["given"]), state_dict["reference"]
+        self.steps, self.last_tail = steps, last_tail
+        self._strengths.given, self._strengths.reference = given, reference
         self._loops, self._first_energy, self.history = loops, energy, history
         for loop in self._loops:
             self._set(loop)
@@ -317,7 +319,7 @@ class SparsityTarget:
         loop.harmful = limit < 0.0
         if limit < change:
             change = limit
-        elif limit > 0.0:
+        if error <= 0.0:
             loop.obstacle = ""
         floor = loop.first_level * (LAST_RESORT if limit < 0.0 else FLOOR)
         loop.level = min(max(loop.level * math.exp(change), min(floor, loop.level)), loop.ceiling)
@@ -329,7 +331,7 @@ class SparsityTarget:
             loop.obstacle = (
                 f"the training loss rose by max_dense_cost={self.max_dense_cost:g} above its best"
                 if self.max_dense_cost is not None
-                else "the training loss gave back nearly all that training had gained"
+                else "the training loss gave back most of what training had gained"
             )
             return -MAX_CHANGE
         energy = layers.n * layers.q

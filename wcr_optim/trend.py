@@ -13,9 +13,9 @@ from wcr_optim.moments import accumulator
 
 SMOOTHING = 0.2  # weight of the newest window
 CONFIDENCE = 2.0  # standard errors that count as noise
-# Without a cost given, the loss may give back so much of what training gained, or so much of what it was at the start,
-# whichever is more; and nothing is concluded before the gain stands out from the noise by so many standard deviations.
-OF_THE_GAIN, OF_THE_START, SIGNIFICANT = 0.8, 0.25, 4.0
+# Without a cost given, the loss may give back most of what training gained, where that is much of what the loss was at
+# the start; else, as in fine-tuning, it may rise by as much as it was at the start.
+OF_THE_GAIN, MUCH = 0.8, 0.25
 SETTLING = 10  # windows in which a rise is put down to the start of training: the penalty is still weak then
 
 
@@ -82,13 +82,11 @@ class LossTrend:
         return max(self.smooth - self.best - CONFIDENCE * error, 0.0)
 
     def allowed(self, max_cost: float | None) -> float:
-        """Return how far the loss may be above its best: what was given, else nearly all that was gained."""
+        """Return how far the loss may be above its best: what was given, else what would undo the training."""
         if max_cost is not None:
             return max_cost
-        gain = self.first - self.best
-        if not gain > SIGNIFICANT * math.sqrt(self.noise):
-            return math.inf
-        return max(OF_THE_GAIN * gain, OF_THE_START * abs(self.first))
+        gain, start = self.first - self.best, abs(self.first)
+        return OF_THE_GAIN * gain if gain > MUCH * start else start
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state as plain numbers."""

@@ -1,0 +1,81 @@
+"""SparsityTarget over several processes: the tail of sharded weights is whole, and replicas stay replicas."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from processes import run_processes
+from reference import small_batch, small_net
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from wcr_optim import WCR, SparsityTarget
+from wcr_optim.tail import tail_energies
+
+pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch was built without torch.distributed")
+
+
+def _counts_add_up(rank):
+    mesh, plane = init_device_mesh("cpu", (4,)), init_device_mesh("cpu", (2, 2))
+    a, b = torch.randn(31, 17), torch.randn(64).pow(3)
+    whole = tail_energies([[a, b]], 0.9)
+    layouts = [
+        [distribute_tensor(a, mesh, [Shard(0)]), distribute_tensor(b, mesh, [Shard(0)])],
+        [distribute_tensor(a, mesh, [Replicate()]), distribute_tensor(b, mesh, [Shard(0)])],
+        [distribute_tensor(a, plane, [Replicate(), Shard(1)]), distribute_tensor(b, mesh, [Shard(0)])],
+        [distribute_tensor(a, plane, [Shard(0), Shard(1)]), b],
+    ]
+    for tensors in layouts:
+        torch.testing.assert_close(tail_energies([tensors], 0.9), whole, rtol=0, atol=0)
+        apart = torch.cat([tail_energies([[a], [b]], 0.9)])
+        torch.testing.assert_close(tail_energies([[w] for w in tensors], 0.9), apart, rtol=0, atol=0)
+
+
+def test_counts_of_shards_add_up():
+    run_processes(_counts_add_up, 4)
+
+
+def _run(net, steps, rank=0, world_size=1, form="scale_free"):
+    groups = [{"params": [p for p in net.parameters() if p.ndim > 1]}]
+    optimizer = WCR(torch.optim.AdamW(groups, lr=1e-2), form=form)
+    target = SparsityTarget(optimizer, 0.7, steps, tail_energy=0.1, max_dense_cost=5.0, every=2)
+    for step in range(steps):
+        x, y = (part.tensor_split(world_size)[rank] for part in small_batch(step, torch.float64))
+        optimizer.zero_grad()
+        loss = (net(x) - y).square().mean()
+        loss.backward()
+        optimizer.step()
+        target.step(loss)  # of this rank's part alone
+    return target
+
+
+def _sharded(rank):
+    whole, sharded = small_net(torch.float64), small_net(torch.float64)
+    mesh = init_device_mesh("cpu", (2,))
+    for layer in (sharded[0], sharded[3]):
+        fully_shard(layer, mesh=mesh)
+    fully_shard(sharded, mesh=mesh)
+    expected, found = _run(whole, 40), _run(sharded, 40, rank, 2)
+    assert found.last_tail == pytest.approx(expected.last_tail, rel=1e-6)
+    assert found.strengths() == pytest.approx(expected.strengths(), rel=1e-6)
+    assert found.history[-1][4] < 5
+
+
+def test_fsdp2_drives_as_one_process_does():
+    run_processes(_sharded, 2)
+
+
+def _replicas(rank):
+    net = small_net(torch.float64)
+    target = _run(DistributedDataParallel(net), 40, rank, 2)
+    seen = [None, None]
+    dist.all_gather_object(seen, repr(target.state_dict()["history"]))
+    assert seen[0] == seen[1]
+    everyone = [torch.empty_like(net[0].weight) for _ in range(2)]
+    dist.all_gather(everyone, net[0].weight.detach())
+    assert torch.equal(*everyone)
+
+
+def test_replicas_see_the_same_loss_and_stay_the_same():
+    run_processes(_replicas, 2)
