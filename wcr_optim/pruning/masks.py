@@ -179,6 +179,8 @@ class Masks(Mapping[str, Tensor]):
                 packed = np.packbits(piece.cpu().numpy(), bitorder="little")
                 self._bits[start : start + packed.size] = packed
                 start += packed.size
+        for _ in masks:
+            raise ValueError(f"more masks than the {len(self)} shapes")
 
 
 def _places(shapes: Mapping[str, Iterable[int]]) -> dict[str, slice]:

@@ -15,8 +15,8 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry
 from wcr_optim.layout import local
 from wcr_optim.parameters import unwrapped
 from wcr_optim.pruning.apply import matched
-from wcr_optim.pruning.batchnorm import training_flags_restored
 from wcr_optim.pruning.masks import Masks
+from wcr_optim.pruning.modes import evaluation_mode, without_compilation
 from wcr_optim.pruning.select import Selection, selected
 from wcr_optim.pruning.shards import whole
 from wcr_optim.pruning.sparse_file import encoded_size
@@ -175,8 +175,7 @@ def report(
         Counts per layer and in all.
 
     Raises:
-        KeyError: If the model has no parameter of a mask's name.
-        ValueError: If a mask's shape is not its parameter's, and as `prunable_weights`.
+        ValueError: If the model has no parameter of a mask's name and shape, and as `prunable_weights`.
     """
     model = unwrapped(model)
     if masks is None:
@@ -296,7 +295,8 @@ def _flops(model: nn.Module, weights: Mapping[str, Tensor], example: Any) -> dic
     by_weight = _ByWeight(weights)
     counter = FlopCounterMode(display=False, custom_mapping=by_weight.formulas)
     with ExitStack() as stack:
-        stack.enter_context(training_flags_restored(model))
+        stack.enter_context(evaluation_mode(model))
+        stack.enter_context(without_compilation())
         stack.enter_context(torch.inference_mode(False))  # in which layers do not come apart into counted operations
         stack.enter_context(torch.no_grad())
         # Fused recurrent and attention kernels hide their matrix products from the counter.
@@ -305,8 +305,6 @@ def _flops(model: nn.Module, weights: Mapping[str, Tensor], example: Any) -> dic
         stack.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
         torch.backends.mha.set_fastpath_enabled(False)
         stack.enter_context(counter)
-        for module in model.modules():
-            module.training = False
         if isinstance(example, Mapping):
             model(**example)
         elif isinstance(example, tuple):

@@ -107,6 +107,8 @@ def stream_masks(stream: Stream, sparsity: float, scope: Scope = "global") -> Ma
                 raise ValueError(f"the stream yields {name} of shape {tuple(tensor.shape)} where it had {known} before")
             yield keeper(tensor)
             del tensor
+        for (name, _), _ in expected:
+            raise ValueError(f"the stream ends before {name}, which it had before")
 
     return Masks.from_chunks(shapes, marked())
 

@@ -47,6 +47,7 @@ _DEVICE_CHUNK = 2**24
 _BINS = 2**16
 _FEW_BINS = 2**8  # for tensors with fewer weights than there would be bins
 _GUESS_BINS = 2**20  # of all windows together that a sample proposes
+_SAMPLE_SIZE = 2**18
 _SAMPLE_STEP = 251  # prime, so that the sample does not run down the columns of a matrix
 
 
@@ -171,29 +172,36 @@ def find_cuts(stream: Stream, sparsities: Sequence[float]) -> list[Cut]:
     search = RankSearch(sparsities, dtype)
     search.guess(sample, total)
     while not search.done:
+        counted = 0
         for name, tensor in stream():
             search.count(name, tensor)
+            counted += tensor.numel()
             del tensor  # before the next one is made
+        if counted != total:
+            raise ValueError(f"the stream held {total:,} weights at first and then {counted:,}")
         search.advance()
     return search.cuts()
 
 
 def _sample(stream: Stream) -> tuple[npt.NDArray[np.float64], int, torch.dtype]:
     """Return some of the magnitudes in order, the number of weights, and the dtype to compare them in."""
-    pieces = [np.empty(0)]
-    total = 0
-    dtype = torch.float32
+    sample = np.empty(_SAMPLE_SIZE)  # at once: pieces would lie between the tensors that come and go
+    size, step, total, dtype = 0, _SAMPLE_STEP, 0, torch.float32
     for _, tensor in stream():
         if not tensor.is_floating_point():
             raise TypeError(f"magnitudes are ranked for real floating-point weights, got {tensor.dtype}")
         if tensor.dtype is torch.float64:
             dtype = tensor.dtype
         total += tensor.numel()
-        pieces.append(flat(tensor.detach())[::_SAMPLE_STEP].double().abs().cpu().numpy())
-        del tensor
-    sample = np.concatenate(pieces)
-    sample.sort()
-    return sample, total, dtype
+        while size + -(-tensor.numel() // step) > len(sample):
+            thinned = sample[:size:2].copy()
+            size, step = len(thinned), 2 * step
+            sample[:size] = thinned
+        part = flat(tensor.detach())[::step].double().abs().cpu().numpy()
+        sample[size : size + len(part)] = part
+        size += len(part)
+        del tensor, part
+    return np.sort(sample[:size]), total, dtype
 
 
 @dataclass(frozen=True)
@@ -333,16 +341,15 @@ class RankSearch:
         bins = min(_BINS, max(_FEW_BINS, total))
         rows = {window: row for row, window in enumerate(self._windows)}
         for rank, window in list(self._searched.items()):
-            below, *_ = row = counts[rows[window]]
-            if window.below is not None:
-                below = window.below
+            row = counts[rows[window]]
+            below = int(row[0]) if window.below is None else window.below
             ends = below + row[1 : 1 + window.bins].cumsum()
             place = int(np.searchsorted(ends, rank, side="right"))
             if rank < below:
                 self._searched[rank] = _Window.of(0, window.low, 0, bins)
             elif place == window.bins:
                 if window.high > self._key.infinity:
-                    raise ValueError(f"{ends[-1]:,} weights where there were {total:,} before: the stream differs")
+                    raise ValueError(f"{ends[-1]:,} weights were counted where there were {total:,} before")
                 self._searched[rank] = _Window.of(window.high, self._key.infinity + 1, int(ends[-1]), bins)
             else:
                 low = window.low + (place << window.shift)
