@@ -23,6 +23,7 @@ class Vision(nn.Module):
         self.cls_token = nn.Parameter(torch.zeros(1, 1, 8))
         self.pos_embed = nn.Parameter(torch.zeros(1, 5, 8))
         self.relative_position_bias_table = nn.Parameter(torch.zeros(9, 2))
+        self.logit_scale = nn.Parameter(torch.zeros(2, 1, 1))
         self.patch_embed = nn.Conv2d(3, 8, 4)
         self.attention = nn.MultiheadAttention(8, 2, add_bias_kv=True)
         self.other = nn.MultiheadAttention(8, 2, kdim=4, vdim=4)

@@ -118,6 +118,23 @@ def _other_cases(rank):
             model[2].weight.to_local()[-1, -1] = math.nan
     with pytest.raises(ValueError, match="NaN"):
         magnitude_masks(model, 0.5)
+    # Data parallelism: the same masks on every rank, and training goes on.
+    replicated = nn.parallel.DistributedDataParallel(network())
+    masks = magnitude_masks(replicated, 0.5)
+    assert masks == magnitude_masks(network(), 0.5)
+    apply_(replicated, masks)
+    optimizer = torch.optim.SGD(replicated.parameters(), lr=0.1)
+    replicated(torch.randn(4, 12) + rank).square().sum().backward()
+    optimizer.step()
+    apply_(replicated, masks)
+    weight = replicated.module[0].weight.detach()
+    assert not weight[~masks["0.weight"]].any()
+    copies = [torch.empty_like(weight) for _ in range(2)]
+    dist.all_gather(copies, weight)
+    assert torch.equal(*copies)
+    # Operations are those of a whole model.
+    with pytest.raises(ValueError, match="undivided weights"):
+        report(model, masks, torch.randn(1, 12))
     # Two meshes of the same processes.
     other = network()
     other[0].weight = nn.Parameter(distribute_tensor(other[0].weight.detach(), mesh, [Shard(0)]))

@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from wcr_optim.pruning import stream_masks, threshold
-from wcr_optim.pruning.threshold import Keeper, RankSearch, find_cuts, keep_masks
+from wcr_optim.pruning import patterns, search, stream_masks
+from wcr_optim.pruning.search import RankSearch, find_cuts
+from wcr_optim.pruning.threshold import Keeper, keep_masks
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
 SPARSITIES = st.one_of(st.sampled_from([0.0, 0.5, 1.0]), st.floats(0, 1))
@@ -67,7 +68,7 @@ def weights(draw):
 @given(weights(), SPARSITIES, st.sampled_from([1, 3, 251]))
 def test_equals_the_sort(tensors, sparsity, step):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(threshold, "_SAMPLE_STEP", step)
+        patch.setattr(search, "_SAMPLE_STEP", step)
         assert_same(keep_masks(tensors, sparsity), reference(tensors, sparsity))
 
 
@@ -116,9 +117,21 @@ def test_all_tied_keeps_the_first_ones(value):
     assert not masks["b"][kept - 21 :].any()
 
 
+@settings(max_examples=100, deadline=None)
+@given(weights(), SPARSITIES, st.sampled_from(["global", "layer"]))
+def test_the_way_of_other_devices_is_the_same(tensors, sparsity, scope):
+    """With torch's operations instead of numpy's, as on an accelerator."""
+    expected = keep_masks(tensors, sparsity, scope)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(patterns, "_uses_numpy", lambda tensor: False)
+        patch.setattr(patterns, "_DEVICE_CHUNK", 64)
+        patch.setattr(patterns, "_CPU_CHUNK", 16)
+        assert_same(keep_masks(tensors, sparsity, scope), expected)
+
+
 def test_a_misleading_sample_costs_passes_and_no_accuracy(monkeypatch):
     weights = torch.rand(100_000) + 1
-    monkeypatch.setattr(threshold, "_SAMPLE_STEP", 100)
+    monkeypatch.setattr(search, "_SAMPLE_STEP", 100)
     weights[::100] *= 1e-6  # what the sample sees is far below everything else
     for sparsity in (0.001, 0.3, 0.9, 0.99999):
         assert_same(keep_masks({"w": weights}, sparsity), reference({"w": weights}, sparsity))
@@ -174,9 +187,9 @@ def test_an_unknown_scope_is_refused():
         keep_masks({"w": torch.ones(3)}, 0.5, "row")
 
 
-@pytest.mark.parametrize("dtype", [torch.int64, torch.complex64, torch.bool])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.complex64, torch.bool, torch.float8_e5m2])
 def test_what_is_no_float_is_refused(dtype):
-    with pytest.raises(TypeError, match="real floating-point"):
+    with pytest.raises(TypeError, match="magnitudes are ranked for"):
         keep_masks({"w": torch.ones(3).to(dtype)}, 0.5)
 
 
@@ -198,18 +211,18 @@ def test_counts_of_parts_add_up(dtype):
     """Two searches, each over a part of the weights, that only exchange their counts."""
     parts = [{"a": torch.randn(1000)}, {"b": torch.randn(50, 60).round(decimals=1)}]
     sparsities = [0.1, 0.5, 0.99]
-    searches = [RankSearch(sparsities, dtype) for _ in parts]
-    while not searches[0].done:
-        for search, part in zip(searches, parts, strict=True):
+    states = [RankSearch(sparsities, dtype) for _ in parts]
+    while not states[0].done:
+        for state, part in zip(states, parts, strict=True):
             for name, tensor in part.items():
-                search.count(name, tensor)
-        total = sum(search.counts for search in searches)
-        for search in searches:
-            search.counts[:] = total
-            search.advance()
+                state.count(name, tensor)
+        total = sum(state.counts for state in states)
+        for state in states:
+            state.counts[:] = total
+            state.advance()
     whole = parts[0] | parts[1]
-    assert searches[0].cuts() == searches[1].cuts()
-    for cut, expected in zip(searches[0].cuts(), find_cuts(whole.items, sparsities), strict=True):
+    assert states[0].cuts() == states[1].cuts()
+    for cut, expected in zip(states[0].cuts(), find_cuts(whole.items, sparsities), strict=True):
         assert (cut.threshold, cut.kept, cut.ties, cut.ties_kept) == (
             expected.threshold,
             expected.kept,

@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from wcr_optim.pruning.threshold import chunks, slabs
+from wcr_optim.pruning.patterns import chunks, slabs
 
 _FORMAT = "wcr_optim.masks"
 _VERSION = 1

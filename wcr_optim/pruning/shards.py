@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from wcr_optim.layout import as_dtensor
-from wcr_optim.pruning.threshold import Cut, RankSearch
+from wcr_optim.pruning.search import Cut, RankSearch
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -72,7 +72,7 @@ def common_mesh(tensors: Mapping[str, Tensor]) -> DeviceMesh | None:
 
 
 def find_sharded_cuts(tensors: Mapping[str, Tensor], sparsities: Sequence[float], mesh: DeviceMesh) -> list[Cut]:
-    """Find cuts as `threshold.find_cuts` does, every rank counting the weights that it holds.
+    """Find cuts as `search.find_cuts` does, every rank counting the weights that it holds.
 
     Args:
         tensors: DTensors on the mesh or on parts of it, and ordinary tensors of which every rank holds all.

@@ -21,9 +21,11 @@ from wcr_optim.parameters import unwrapped
 from wcr_optim.pruning.apply import weights_restored
 from wcr_optim.pruning.batchnorm import Forward, recalibrate_batchnorm, statistics_restored
 from wcr_optim.pruning.modes import evaluation_mode
+from wcr_optim.pruning.patterns import slabs
+from wcr_optim.pruning.search import check_sparsity
 from wcr_optim.pruning.select import Selection, selected, weight_cuts, weight_keepers
 from wcr_optim.pruning.shards import own_part, whole
-from wcr_optim.pruning.threshold import Keeper, Scope, check_sparsity, slabs
+from wcr_optim.pruning.threshold import Keeper, Scope
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
