@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(table(rows, methods))
     print(
         f"\nAccuracy in percent on {options.split} images, mean ± sample standard deviation over "
-        f"{options.seeds} seeds. "
+        f"{options.seeds} seed{'s' if options.seeds > 1 else ''}. "
         f"One-shot global magnitude pruning of {rows[0]['prunable']:,} of {rows[0]['parameters']:,} parameters, "
         f"BatchNorm statistics estimated anew on training images, no retraining."
     )

@@ -28,6 +28,7 @@ from wcr_optim import pruning
 
 MIB = 2**20
 LAYERS = 12
+PIECE = 2**14  # weights made at a time, so that nothing but the weights is left when the measurement begins
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -120,12 +121,12 @@ def _distinct_model(per_layer: int) -> nn.Sequential:
     for index in range(LAYERS):
         layer = nn.utils.skip_init(nn.Linear, 1024, per_layer // 1024, bias=False)
         flat = layer.weight.detach().view(-1)
-        for part in range(0, flat.numel(), MIB):
-            place = torch.arange(part, min(part + MIB, flat.numel())) + index * flat.numel()
+        for part in range(0, flat.numel(), PIECE):
+            place = torch.arange(part, min(part + PIECE, flat.numel())) + index * flat.numel()
             if place[-1] >= 2**26:
                 raise SystemExit("more than 256 MiB of float32 weights cannot all be made distinct here")
             bits = (first + place * 40_503_685 % 2**26).to(torch.int32)  # an odd factor permutes the residues
-            flat[part : part + MIB] = bits.view(torch.float32) * (1 - 2 * (place * 2_654_435_761 // 2**16 % 2))
+            flat[part : part + PIECE] = bits.view(torch.float32) * (1 - 2 * (place * 2_654_435_761 // 2**16 % 2))
         model.append(layer)
     return model
 
@@ -163,16 +164,24 @@ def _stream(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _peak_bytes() -> int:
+    if (peak := _of_linux("VmHWM")) is not None:
+        return peak
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
 
 def _resident_bytes() -> int:
+    now = _of_linux("VmRSS")
+    return _peak_bytes() if now is None else now  # elsewhere the most until now is the best guess
+
+
+def _of_linux(entry: str) -> int | None:
+    # Not getrusage(), whose peak on Linux begins with that of the parent process.
     try:
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
-    except FileNotFoundError:  # no such place outside Linux: what was the most until now is then the best guess
-        return _peak_bytes()
-    return pages * resource.getpagesize()
+        status = Path("/proc/self/status").read_text()
+    except FileNotFoundError:
+        return None
+    return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith(entry))
 
 
 if __name__ == "__main__":

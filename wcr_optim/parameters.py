@@ -30,9 +30,9 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 _NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 _EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 # Plain parameters of two and more dimensions that are no weights of a linear map: `bias_k` of nn.MultiheadAttention,
-# `relative_position_bias_table` of Swin, `pos_embed` and `cls_token` of vision transformers.
-_BIAS_NAME = re.compile(r"(^|_)bias(_|$)")
-_EMBEDDING_NAME = re.compile(r"(^|_)(embed|embeddings?|tokens?)$")
+# `relative_position_bias_table` and `logit_scale` of Swin, `layer_scale` of ConvNeXt, `pos_embed` and `cls_token` of
+# vision transformers.
+_NO_WEIGHT = re.compile(r"(^|_)bias(_|$)|(^|_)(embed|embeddings?|tokens?|scale|gamma)$")
 
 
 def prunable_weights(
@@ -45,9 +45,10 @@ def prunable_weights(
 
     These are the floating-point parameters with at least two dimensions: of linear, convolutional, recurrent and
     attention layers, of GPT-2's ``Conv1D``, and plain parameters of a module. Left out are biases, the parameters of
-    norm layers, and embeddings: those of ``nn.Embedding`` and ``nn.EmbeddingBag``, an ``lm_head`` tied to one, and
-    plain parameters called so (``pos_embed``, ``cls_token``). A tensor that several modules share is selected once and
-    only if none of them leaves it out. Frozen weights are selected too: pruning does not ask for gradients.
+    norm layers, embeddings (of ``nn.Embedding`` and ``nn.EmbeddingBag``, and an ``lm_head`` tied to one), and plain
+    parameters that are called so (``rel_bias``, ``layer_scale``, ``pos_embed``, ``cls_token``). A tensor that several
+    modules share is selected once and only if none of them leaves it out. Frozen weights are selected too: pruning
+    does not ask for gradients.
 
     Args:
         model: The model; ``torch.compile`` and data-parallel wrappers around it are looked through.
@@ -293,11 +294,7 @@ def _identity(parameter: nn.Parameter) -> object:
 
 
 def _left_dense(site: _Site) -> bool:
-    return (
-        isinstance(site.owner, (*_NORMS, *_EMBEDDINGS))
-        or _BIAS_NAME.search(site.own_name) is not None
-        or _EMBEDDING_NAME.search(site.own_name) is not None
-    )
+    return isinstance(site.owner, (*_NORMS, *_EMBEDDINGS)) or _NO_WEIGHT.search(site.own_name) is not None
 
 
 def refusal(owner: nn.Module, own_name: str) -> str | None:

@@ -16,12 +16,12 @@ def run_processes(body: Callable[..., None], world_size: int, *arguments: Any) -
     """Call body(rank, *arguments) in every process; fail if one does."""
     with tempfile.TemporaryDirectory() as folder:
         rendezvous = f"file://{os.path.join(folder, 'rendezvous')}"
-        mp.start_processes(
-            _process, (body, world_size, rendezvous, arguments), nprocs=world_size, start_method="spawn"
-        )
+        mp.start_processes(_process, (body, world_size, rendezvous, arguments), nprocs=world_size, start_method="spawn")
 
 
-def _process(rank: int, body: Callable[..., None], world_size: int, rendezvous: str, arguments: tuple[Any, ...]) -> None:
+def _process(
+    rank: int, body: Callable[..., None], world_size: int, rendezvous: str, arguments: tuple[Any, ...]
+) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=world_size)
     try:

@@ -231,7 +231,7 @@ def test_interrupted_exchanges_leave_the_true_weights(monkeypatch, undo):
                 return run
 
             with monkeypatch.context() as patch:
-                for name in ("_foreach_add_", "_foreach_copy_"):
+                for name in ("_foreach_add", "_foreach_copy_"):
                     patch.setattr(torch, name, interrupted(getattr(torch, name)))
                 try:
                     (exchange_back_ if undo else exchange_)(ws, es)

@@ -500,6 +500,23 @@ def test_zero_grad_to_zeros_does_not_lose_anything():
         assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
+@pytest.mark.parametrize("name", ALL)
+def test_closures_that_leave_zero_grad_to_the_loop(name):
+    models = [net(), net()]
+    optimizers = [OPTIMIZERS[name](base_of(groups(model))) for model in models]
+    for step in range(5):
+        train(models[0], optimizers[0], [step])
+
+        def closure(step=step):
+            loss = loss_of(models[1], step)
+            loss.backward()
+            return loss
+
+        optimizers[1].step(closure)
+        optimizers[1].zero_grad()
+    assert_weights(models[1], weights(models[0]))
+
+
 def test_checkpoint_loaders_probe_changes_no_weight_and_no_counter():
     """torch.distributed.checkpoint has the base make its state by a step with lr = 0 and zero gradients."""
     for name in ALL:

@@ -3,6 +3,7 @@
 from wcr_optim.parameters import prunable_weights
 from wcr_optim.pruning.apply import applied, apply_
 from wcr_optim.pruning.batchnorm import recalibrate_batchnorm
+from wcr_optim.pruning.inference import to_csr, to_semi_structured
 from wcr_optim.pruning.masks import Masks
 from wcr_optim.pruning.report import LayerReport, PruningReport, report
 from wcr_optim.pruning.select import magnitude_masks, n_m_masks, random_masks, stream_masks
@@ -29,5 +30,7 @@ __all__ = [
     "save_sparse",
     "stream_masks",
     "sweep",
+    "to_csr",
+    "to_semi_structured",
     "to_torch_prune",
 ]

@@ -27,9 +27,8 @@ def apply_(model: nn.Module, masks: Masks) -> None:
         masks: Masks of some or all of its parameters.
 
     Raises:
-        KeyError: If the model has no parameter of a mask's name.
-        ValueError: If a mask's shape is not its parameter's, or two masks name the same shared parameter. No weight
-            has been changed then.
+        ValueError: If the model has no parameter of a mask's name, a mask's shape is not its parameter's, or two masks
+            name the same shared parameter. No weight has been changed then.
     """
     for target in matched(model, masks):
         _zero(target, masks)
@@ -46,7 +45,6 @@ def applied(model: nn.Module, masks: Masks) -> Iterator[None]:
         masks: As in `apply_`.
 
     Raises:
-        KeyError: As `apply_`.
         ValueError: As `apply_`.
 
     Example:
@@ -93,7 +91,7 @@ def matched(model: nn.Module, masks: Masks) -> list[Target]:
     targets = []
     for name, shape in masks.shapes.items():
         if name not in parameters:
-            raise KeyError(f"{name}: {_missing(model, name)}")
+            raise ValueError(f"{name} has a mask but cannot be pruned: {_missing(model, name)}")
         parameter = parameters[name]
         if is_lazy(parameter) or parameter.shape != shape:
             has = "no shape yet" if is_lazy(parameter) else f"shape {tuple(parameter.shape)}"

@@ -12,6 +12,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import is_lazy
 
 from wcr_optim.parameters import unwrapped
+from wcr_optim.pruning.modes import evaluation_mode, without_compilation
 
 Forward = Callable[[nn.Module, Any], object]
 
@@ -53,9 +54,9 @@ def recalibrate_batchnorm(model: nn.Module, batches: Iterable[Any], forward: For
 
     hooks = [norm.register_forward_pre_hook(average) for norm in norms]
     try:
-        with training_flags_restored(model), torch.no_grad():
-            _set_training(model, norms)
+        with evaluation_mode(model), without_compilation(), torch.no_grad():
             for norm in norms:
+                norm.training = True
                 norm.reset_running_stats()
             empty = True
             for batch in batches:
@@ -66,6 +67,8 @@ def recalibrate_batchnorm(model: nn.Module, batches: Iterable[Any], forward: For
             for norm, statistics in zip(norms, before, strict=True):
                 if not calls[norm]:
                     _restore(norm, statistics)
+                elif norm.num_batches_tracked is not None:
+                    norm.num_batches_tracked.fill_(calls[norm])  # InstanceNorm leaves it to others
     except BaseException:
         for norm, statistics in zip(norms, before, strict=True):
             _restore(norm, statistics)
@@ -95,25 +98,6 @@ def statistics_restored(model: nn.Module) -> Iterator[None]:
     finally:
         for norm, statistics in before:
             _restore(norm, statistics)
-
-
-@contextmanager
-def training_flags_restored(model: nn.Module) -> Iterator[None]:
-    """Put every module's training flag back when the block is left in whatever way."""
-    flags = [(module, module.training) for module in model.modules()]
-    try:
-        yield
-    finally:
-        for module, training in flags:
-            module.training = training
-
-
-def _set_training(model: nn.Module, norms: Iterable[nn.Module]) -> None:
-    # Flag by flag: train() and eval() are often overridden, to keep norm layers frozen or to merge adapters.
-    for module in model.modules():
-        module.training = False
-    for norm in norms:
-        norm.training = True
 
 
 def _statistics(norm: _NormBase) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from wcr_optim.pruning.threshold import chunks, slabs
+from wcr_optim.pruning.patterns import chunks, slabs
 
 _FORMAT = "wcr_optim.masks"
 _VERSION = 1
@@ -179,6 +179,8 @@ class Masks(Mapping[str, Tensor]):
                 packed = np.packbits(piece.cpu().numpy(), bitorder="little")
                 self._bits[start : start + packed.size] = packed
                 start += packed.size
+        for _ in masks:
+            raise ValueError(f"more masks than the {len(self)} shapes")
 
 
 def _places(shapes: Mapping[str, Iterable[int]]) -> dict[str, slice]:

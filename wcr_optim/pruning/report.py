@@ -10,17 +10,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
-from wcr_optim.layout import local
+from wcr_optim.layout import as_dtensor, local
 from wcr_optim.parameters import unwrapped
 from wcr_optim.pruning.apply import matched
-from wcr_optim.pruning.batchnorm import training_flags_restored
 from wcr_optim.pruning.masks import Masks
+from wcr_optim.pruning.modes import evaluation_mode, without_compilation
+from wcr_optim.pruning.patterns import chunks
 from wcr_optim.pruning.select import Selection, selected
 from wcr_optim.pruning.shards import whole
 from wcr_optim.pruning.sparse_file import encoded_size
-from wcr_optim.pruning.threshold import chunks
 
 
 @dataclass(frozen=True)
@@ -175,8 +174,8 @@ def report(
         Counts per layer and in all.
 
     Raises:
-        KeyError: If the model has no parameter of a mask's name.
-        ValueError: If a mask's shape is not its parameter's, and as `prunable_weights`.
+        ValueError: If the model has no parameter of a mask's name and shape, operations are to be counted of weights
+            that are spread over processes, and as `prunable_weights`.
     """
     model = unwrapped(model)
     if masks is None:
@@ -245,9 +244,9 @@ def _short(count: int | None) -> str:
 class _ByWeight:
     """The flop counter's formulas, which also attribute what they count to the weight that an operation involves."""
 
-    def __init__(self, weights: Mapping[str, Tensor]) -> None:
+    def __init__(self, weights: Mapping[str, Tensor], registry: Mapping[Any, Callable[..., int]]) -> None:
         self.flops: Counter[str] = Counter()
-        self.formulas: dict[Any, _Formula] = {op: _Formula(self, formula) for op, formula in flop_registry.items()}
+        self.formulas: dict[Any, _Formula] = {op: _Formula(self, formula) for op, formula in registry.items()}
         # Autocast computes with a copy of the weight. Copies are kept alive, so that none inherits another's address.
         self.formulas[torch.ops.aten._to_copy] = _Formula(self, self._follow)
         self._names = {_address(local(tensor.detach())): name for name, tensor in weights.items()}
@@ -293,10 +292,15 @@ def _without(stack: ExitStack, backend: Any) -> None:
 
 def _flops(model: nn.Module, weights: Mapping[str, Tensor], example: Any) -> dict[str | None, int]:
     """Return the floating-point operations of one pass by weight, and those of the whole pass under None."""
-    by_weight = _ByWeight(weights)
+    from torch.utils.flop_counter import FlopCounterMode, flop_registry  # which also brings all of Triton
+
+    if any(as_dtensor(tensor) is not None for tensor in weights.values()):
+        raise ValueError("operations are counted on undivided weights: give the example to a report of the plain model")
+    by_weight = _ByWeight(weights, flop_registry)
     counter = FlopCounterMode(display=False, custom_mapping=by_weight.formulas)
     with ExitStack() as stack:
-        stack.enter_context(training_flags_restored(model))
+        stack.enter_context(evaluation_mode(model))
+        stack.enter_context(without_compilation())
         stack.enter_context(torch.inference_mode(False))  # in which layers do not come apart into counted operations
         stack.enter_context(torch.no_grad())
         # Fused recurrent and attention kernels hide their matrix products from the counter.
@@ -305,8 +309,6 @@ def _flops(model: nn.Module, weights: Mapping[str, Tensor], example: Any) -> dic
         stack.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
         torch.backends.mha.set_fastpath_enabled(False)
         stack.enter_context(counter)
-        for module in model.modules():
-            module.training = False
         if isinstance(example, Mapping):
             model(**example)
         elif isinstance(example, tuple):

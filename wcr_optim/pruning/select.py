@@ -11,19 +11,10 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from wcr_optim.parameters import Selector, prunable_weights, unwrapped
 from wcr_optim.pruning.masks import Masks
+from wcr_optim.pruning.patterns import check_not_nan, chunk_size, chunks, magnitude_bits
+from wcr_optim.pruning.search import Cut, Stream, find_cuts
 from wcr_optim.pruning.shards import common_mesh, find_sharded_cuts, whole
-from wcr_optim.pruning.threshold import (
-    Cut,
-    Keeper,
-    Scope,
-    Stream,
-    check_not_nan,
-    check_scope,
-    chunk_size,
-    chunks,
-    find_cuts,
-    magnitude_bits,
-)
+from wcr_optim.pruning.threshold import Keeper, Scope, check_scope
 
 Selection: TypeAlias = "Iterable[Selector] | Selector"
 
@@ -107,6 +98,8 @@ def stream_masks(stream: Stream, sparsity: float, scope: Scope = "global") -> Ma
                 raise ValueError(f"the stream yields {name} of shape {tuple(tensor.shape)} where it had {known} before")
             yield keeper(tensor)
             del tensor
+        for (name, _), _ in expected:
+            raise ValueError(f"the stream ends before {name}, which it had before")
 
     return Masks.from_chunks(shapes, marked())
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from wcr_optim.layout import as_dtensor
-from wcr_optim.pruning.threshold import Cut, RankSearch
+from wcr_optim.pruning.search import Cut, RankSearch
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -53,31 +53,29 @@ def own_part(full: Tensor, like: Tensor) -> Tensor:
 
 
 def common_mesh(tensors: Mapping[str, Tensor]) -> DeviceMesh | None:
-    """Return the mesh that the DTensors among these are on, None when there are none.
+    """Return the largest mesh that DTensors among these are on, None when there are none.
 
     Raises:
-        ValueError: If they are on several.
+        ValueError: If another is on a mesh that is no part of it.
     """
-    meshes = {
-        name: sharded.device_mesh for name, tensor in tensors.items() if (sharded := as_dtensor(tensor)) is not None
-    }
+    meshes = {name: part.device_mesh for name, tensor in tensors.items() if (part := as_dtensor(tensor)) is not None}
     if not meshes:
         return None
-    first, mesh = next(iter(meshes.items()))
-    for name, other in meshes.items():
-        if other != mesh:
+    largest = max(meshes, key=lambda name: meshes[name].size())
+    for name, mesh in meshes.items():
+        if not _ranks(mesh) <= _ranks(meshes[largest]):
             raise ValueError(
-                f"{first} and {name} are on different device meshes, so their weights cannot be ranked together: "
-                "prune each part with include=, or the whole model before it is distributed"
+                f"{name} and {largest} are held by different processes, so that their weights cannot be ranked "
+                "together: prune each part of the model on its own with include="
             )
-    return mesh
+    return meshes[largest]
 
 
 def find_sharded_cuts(tensors: Mapping[str, Tensor], sparsities: Sequence[float], mesh: DeviceMesh) -> list[Cut]:
-    """Find cuts as `threshold.find_cuts` does, every rank counting the weights that it holds.
+    """Find cuts as `search.find_cuts` does, every rank counting the weights that it holds.
 
     Args:
-        tensors: DTensors on the mesh, and ordinary tensors of which every rank of the mesh holds all.
+        tensors: DTensors on the mesh or on parts of it, and ordinary tensors of which every rank holds all.
         sparsities: Shares of all weights to prune.
         mesh: To be entered by all of its ranks.
 
@@ -105,14 +103,20 @@ def find_sharded_cuts(tensors: Mapping[str, Tensor], sparsities: Sequence[float]
 
 def _counted_here(tensor: Tensor, mesh: DeviceMesh) -> Tensor | None:
     """Return this rank's part, None where another rank counts the same one."""
-    coordinate = mesh.get_coordinate()
+    first = int(mesh.mesh.flatten()[0])
     sharded = as_dtensor(tensor.detach())
-    if coordinate is None:
-        return None
     if sharded is None:
-        return tensor.detach() if not any(coordinate) else None
+        return tensor.detach() if torch.distributed.get_rank() == first else None
+    coordinate = sharded.device_mesh.get_coordinate()
+    # A tensor on a part of the mesh, as the layers without tensor parallelism, is the same on the other parts.
+    if coordinate is None or first not in _ranks(sharded.device_mesh):
+        return None
     copies = [at for at, placement in zip(coordinate, sharded.placements, strict=True) if placement.is_replicate()]
     return sharded.to_local() if not any(copies) else None
+
+
+def _ranks(mesh: DeviceMesh) -> set[int]:
+    return set(mesh.mesh.flatten().tolist())
 
 
 def _add_up(counts: Tensor, mesh: DeviceMesh) -> None:

@@ -19,15 +19,13 @@ from torch import Tensor, nn
 from wcr_optim.layout import as_dtensor, local
 from wcr_optim.parameters import unwrapped
 from wcr_optim.pruning.apply import weights_restored
-from wcr_optim.pruning.batchnorm import (
-    Forward,
-    recalibrate_batchnorm,
-    statistics_restored,
-    training_flags_restored,
-)
+from wcr_optim.pruning.batchnorm import Forward, recalibrate_batchnorm, statistics_restored
+from wcr_optim.pruning.modes import evaluation_mode
+from wcr_optim.pruning.patterns import slabs
+from wcr_optim.pruning.search import check_sparsity
 from wcr_optim.pruning.select import Selection, selected, weight_cuts, weight_keepers
 from wcr_optim.pruning.shards import own_part, whole
-from wcr_optim.pruning.threshold import Keeper, Scope, check_sparsity, slabs
+from wcr_optim.pruning.threshold import Keeper, Scope
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -205,17 +203,17 @@ def sweep(
     total = sum(tensor.numel() for tensor in weights.values())
     rows = []
     statistics = statistics_restored(plain) if calibration is not None else nullcontext()
-    with training_flags_restored(model), statistics, weights_restored(weights.values()) as restore:
+    with statistics, weights_restored(weights.values()) as restore:
         for sparsity, cuts in _with_progress(list(zip(sparsities, prunings, strict=True)), progress):
             restore()
             for tensor, keeper in zip(weights.values(), weight_keepers(cuts), strict=True):
                 _prune_(tensor, keeper)
-            for module in model.modules():
-                module.training = False
-            if calibration is not None:
-                recalibrate_batchnorm(plain, calibration, forward)
-            found = evaluate(model)
-            metrics = dict(found) if isinstance(found, Mapping) else {"score": float(found)}
+            with evaluation_mode(model):
+                if calibration is not None:
+                    recalibrate_batchnorm(plain, calibration, forward)
+                found = evaluate(model)
+            found = found if isinstance(found, Mapping) else {"score": found}
+            metrics = {name: float(value) for name, value in found.items()}
             pruned = sum(cut.pruned for cut in {id(cut): cut for cut in cuts}.values())
             rows.append(SweepRow(sparsity, pruned, total, metrics))
     return SweepResult(tuple(rows), scope, calibration is not None)

@@ -24,7 +24,6 @@ def to_torch_prune(model: nn.Module, masks: Masks) -> None:
         masks: Masks of some or all of its parameters.
 
     Raises:
-        KeyError: As `apply_`.
         ValueError: As `apply_`.
     """
     custom_from_mask: Callable[..., nn.Module] = prune.custom_from_mask

@@ -14,7 +14,7 @@ from wcr_optim.layout import local
 from wcr_optim.pruning.shards import common_mesh, find_sharded_cuts
 from wcr_optim.pruning.threshold import keep_masks
 from wcr_optim.sharpness.checks import check_count, check_share, gradients
-from wcr_optim.sharpness.memory import copies
+from wcr_optim.sharpness.memory import add_, copies
 from wcr_optim.sharpness.two_pass import SecondPass, TwoPass
 
 
@@ -98,8 +98,7 @@ class CrAM(TwoPass):
         everywhere = [p for members in params for p in members]
         for group, members in zip(self.param_groups, params, strict=True):
             if members and group["rho"]:
-                parts = [local(g) for g in gradients(members)]
-                torch._foreach_add_([local(p) for p in members], parts, alpha=float(group["rho"]) / scale)
+                add_(members, gradients(members), float(group["rho"]) / scale)
         self._pruned = self._compress([p for p in everywhere if p.ndim > 1])
         if self.plus:
             self._clean = list(zip(everywhere, copies(gradients(everywhere)), strict=True))

@@ -12,9 +12,10 @@ from torch import Tensor
 from wcr_optim.layout import flat, local, sum_over_shards
 from wcr_optim.moments import accumulator
 
-# Three pieces of float32 of this size fit into a core's second-level cache, so what is read twice comes from there.
-PIECE = 2**17
-# Elsewhere kernel launches count, and a bucket bounds the temporary.
+# Elements that a CPU's thread works on at a time: what an operation reads again comes from its cache. Up to this size
+# torch uses one thread.
+PIECE = 2**15
+# On other devices, where the launches count: elements in a bucket, which bounds its temporary.
 BUCKET = 2**24
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -60,13 +61,28 @@ def norms(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 def copies(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Return copies of this rank's parts."""
-    return [local(t).detach().clone() for t in tensors]
+    made = [torch.empty_like(local(t).detach()) for t in tensors]
+    copy_(made, tensors)
+    return made
 
 
 def copy_(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
     """Copy every source into its target."""
-    if targets:
-        torch._foreach_copy_([local(t).detach() for t in targets], [local(s).detach() for s in sources])
+    for some, others in buckets(targets, sources):
+        torch._foreach_copy_(some, others)
+
+
+def add_(targets: Sequence[Tensor], sources: Sequence[Tensor], factor: float) -> None:
+    """Add factor times its source to every target."""
+    for some, others in buckets(targets, sources):
+        torch._foreach_add_(some, others, alpha=factor)
+
+
+def scale_(targets: Sequence[Tensor], sources: Sequence[Tensor], factor: float) -> None:
+    """Set every target to factor times its source."""
+    for some, others in buckets(targets, sources):
+        torch._foreach_copy_(some, others)
+        torch._foreach_mul_(some, factor)
 
 
 def buckets(*columns: Sequence[Tensor]) -> Iterator[tuple[list[Tensor], ...]]:
@@ -83,7 +99,7 @@ def buckets(*columns: Sequence[Tensor]) -> Iterator[tuple[list[Tensor], ...]]:
     size = 0
     for whole in zip(*columns, strict=True):
         row = tuple(local(t).detach() for t in whole)
-        limit = PIECE if row[0].device.type == "cpu" else BUCKET
+        limit = _limit(row[0].device)
         for pieces in _split(row, limit):
             bucket.append(pieces)
             size += pieces[0].numel()
@@ -92,6 +108,15 @@ def buckets(*columns: Sequence[Tensor]) -> Iterator[tuple[list[Tensor], ...]]:
                 bucket, size = [], 0
     if bucket:
         yield tuple(list(column) for column in zip(*bucket, strict=True))
+
+
+def _limit(device: torch.device) -> int:
+    if device.type != "cpu":
+        return BUCKET
+    # Work that all threads share ends when the last one does. What memory bounds gains so little from a second thread
+    # that waiting for it, on a machine with anything else to do, costs more.
+    threads = torch.get_num_threads()
+    return PIECE * (threads if threads > 2 else 1)
 
 
 def _split(row: tuple[Tensor, ...], limit: int) -> Iterator[tuple[Tensor, ...]]:
@@ -110,18 +135,15 @@ def exchange_(weights: Sequence[Tensor], perturbations: Sequence[Tensor]) -> Non
     Interrupted, it leaves w in place of the weights; the perturbations are then undefined.
     """
     done = 0
-    current: tuple[list[Tensor], list[Tensor]] = ([], [])
     try:
         for ws, es in buckets(weights, perturbations):
-            current = (ws, [w.clone() for w in ws])
-            torch._foreach_add_(ws, es)
-            torch._foreach_copy_(es, current[1])
+            moved = torch._foreach_add(ws, es)
+            torch._foreach_copy_(es, ws)
             done += 1
+            torch._foreach_copy_(ws, moved)
     except BaseException:
         for (ws, kept), _ in zip(buckets(weights, perturbations), range(done), strict=False):
             torch._foreach_copy_(ws, kept)
-        if current[0]:
-            torch._foreach_copy_(*current)
         raise
 
 
@@ -136,7 +158,7 @@ def exchange_back_(perturbed: Sequence[Tensor], weights: Sequence[Tensor]) -> No
             moved = [p.clone() for p in ps]
             torch._foreach_copy_(ps, ws)
             done += 1
-            torch._foreach_copy_(ws, [_difference(m, w) for m, w in zip(moved, ps, strict=True)])
+            torch._foreach_copy_(ws, [_difference(m, p) for m, p in zip(moved, ps, strict=True)])
     except BaseException:
         for bucket, (ps, ws) in enumerate(buckets(perturbed, weights)):
             if bucket >= done:

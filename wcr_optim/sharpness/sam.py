@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from wcr_optim.layout import local
 from wcr_optim.sharpness.checks import check_count, gradients
-from wcr_optim.sharpness.memory import global_norm
+from wcr_optim.sharpness.memory import add_, global_norm
 from wcr_optim.sharpness.two_pass import TwoPass
 
 EPS = 1e-12
@@ -92,12 +92,11 @@ class SAM(TwoPass):
             length = float(group["rho"]) / ((norm + EPS) * scale)
             if length == 0.0 or not members:
                 continue
-            weights = [local(p) for p in members]
             if self.adaptive:
-                for p, w in zip(members, weights, strict=True):
-                    w.addcmul_(self._stretched(p), self._stretch(p), value=length)
+                for p in members:
+                    local(p).addcmul_(self._stretched(p), self._stretch(p), value=length)
             else:
-                torch._foreach_add_(weights, [local(g) for g in gradients(members)], alpha=length)
+                add_(members, gradients(members), length)
 
     def _stretch(self, p: Tensor) -> Tensor:
         """Return a = |w| + eta of a weight, 1 for a parameter that is no weight."""

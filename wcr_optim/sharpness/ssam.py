@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from wcr_optim.layout import local
 from wcr_optim.sharpness.checks import check_base, check_rho, gradients, with_gradient
-from wcr_optim.sharpness.memory import copy_, exchange_, exchange_back_, global_norm, norms
+from wcr_optim.sharpness.memory import copy_, exchange_, exchange_back_, global_norm, norms, scale_
 from wcr_optim.sharpness.slots import Slot
 from wcr_optim.wrapper import Closure, OptimizerWrapper
 
@@ -138,9 +138,7 @@ class SSAM(OptimizerWrapper):
         Before that, perturbed weights that nobody else wrote go back to the true ones.
         """
         perturbed = any(group[PERTURBED] for group in self._filled_groups())
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # weights may have been loaded before the state that belongs to them
-            self._return()
+        self._return(quietly=True)  # weights may have been loaded before the state that belongs to them
         try:
             super().load_state_dict(state_dict)
         except BaseException:
@@ -157,19 +155,19 @@ class SSAM(OptimizerWrapper):
         groups = [group for group in self._filled_groups() if not group[PERTURBED]]
         params, kept = self._kept_by(groups)
         try:
-            exchange_(params, kept)
             for group in groups:
                 group[PERTURBED] = True
-            self._versions.update((p, local(p)._version) for p in params)
+            exchange_(params, kept)
         except BaseException:
             self._forget(groups, params)
             raise
+        self._versions.update((p, local(p)._version) for p in params)
 
     @torch.no_grad()
-    def _return(self) -> None:
+    def _return(self, quietly: bool = False) -> None:
         """(w + e, w) -> (w, e), where that has not been done."""
         groups = [group for group in self._filled_groups() if group[PERTURBED]]
-        self._adopt(groups)
+        self._adopt(groups, quietly)
         params, kept = self._kept_by(groups)
         try:
             exchange_back_(params, kept)
@@ -200,12 +198,10 @@ class SSAM(OptimizerWrapper):
         self._versions.clear()
         for group, params in zip(self.param_groups, members, strict=True):
             length = float(group["rho"]) / (norm + EPS)
-            for p, grad in zip(params, gradients(params), strict=True):
-                buffer = buffers[p]
-                if buffer is None:
-                    buffer = torch.empty_like(p, requires_grad=False)
-                torch.mul(local(grad), length, out=local(buffer))
-                self._kept.put(self, p, buffer)
+            perturbations = [_buffer(buffers[p], p) for p in params]
+            scale_(perturbations, gradients(params), length)
+            for p, perturbation in zip(params, perturbations, strict=True):
+                self._kept.put(self, p, perturbation)
 
     def _kept_by(self, groups: Sequence[Mapping[str, Any]]) -> tuple[list[Tensor], list[Tensor]]:
         """Return the parameters of these groups for which something is kept, and what that is."""
@@ -213,7 +209,7 @@ class SSAM(OptimizerWrapper):
         found = [(p, kept) for p, kept in pairs if kept is not None]
         return [p for p, _ in found], [kept for _, kept in found]
 
-    def _adopt(self, groups: Sequence[Mapping[str, Any]]) -> None:
+    def _adopt(self, groups: Sequence[Mapping[str, Any]], quietly: bool = False) -> None:
         """Take perturbed weights that somebody else wrote as the true ones."""
         written = [
             p
@@ -224,7 +220,7 @@ class SSAM(OptimizerWrapper):
         for p in written:
             self._kept.drop(self, p)
             del self._versions[p]
-        if written:
+        if written and not quietly:
             warnings.warn(
                 f"{len(written)} parameters were written while they held SSAM's perturbation, and are taken as the "
                 f"true weights now; load or edit weights between optimizer.eval() and optimizer.train(), "
@@ -244,3 +240,8 @@ class SSAM(OptimizerWrapper):
 
     def __getstate__(self) -> dict[str, Any]:
         return super().__getstate__() | {"_versions": {}}  # counted anew in the copies
+
+
+def _buffer(present: Tensor | None, p: Tensor) -> Tensor:
+    """Return memory for a tensor like p."""
+    return torch.empty_like(p, requires_grad=False) if present is None else present

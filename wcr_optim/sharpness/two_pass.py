@@ -147,6 +147,7 @@ class TwoPass(OptimizerWrapper):
         loss = super().gather(closure)
         try:
             if self._begin():
+                self.zero_grad()  # for closures that leave that to the loop, and would add to the first gradient
                 with random_numbers_repeated(states):
                     super().gather(closure)
             self._finish()
