@@ -237,9 +237,9 @@ def test_weights_that_vanish_during_a_search():
     state.count("w", torch.rand(100_000) * 2.0**-100)
     state.advance()
     assert not state.done
-    with pytest.raises(ValueError, match=r"0 weights were counted where there were 100,000 before|counted where"):
-        while not state.done:
-            state.advance()
+    state.advance()  # finds nothing in the window and looks above it
+    with pytest.raises(ValueError, match="weights were counted where there were 100,000 before"):
+        state.advance()
 
 
 def test_cuts_of_an_unfinished_search():
