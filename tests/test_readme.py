@@ -15,8 +15,16 @@ BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), 
 
 
 @pytest.mark.parametrize("block", BLOCKS)
-def test_block_runs(block):
+def test_block_runs(block, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     model = nn.Sequential(nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 10))
+
+    def closure():
+        model.zero_grad()
+        loss = model(torch.randn(4, 1, 8, 8)).square().mean()
+        loss.backward()
+        return loss
+
     names = {
         "torch": torch,
         "wcr_optim": wcr_optim,
@@ -24,14 +32,14 @@ def test_block_runs(block):
         "model": model,
         "training_batches": [torch.randn(4, 1, 8, 8)],
         "evaluate": lambda pruned: pruned(torch.zeros(1, 1, 8, 8)).sum().item(),
-        "closure": lambda: model(torch.randn(4, 1, 8, 8)).square().mean(),
+        "closure": closure,
     }
     exec(block, names)
     weights = pruning.prunable_weights(model).values()
     assert isinstance(names.get("optimizer"), torch.optim.Optimizer) or "optimizer" not in block
     if "magnitude_masks" in block:
         total = sum(w.numel() for w in weights)
-        assert sum((w == 0).sum().item() for w in weights) == round(0.97 * total)
+        assert sum((w == 0).sum().item() for w in weights) == round((0.97 if "0.97" in block else 0.95) * total)
 
 
 def test_there_are_blocks():

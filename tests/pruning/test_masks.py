@@ -205,6 +205,14 @@ def test_save_through_a_link(tmp_path):
     assert Masks.load(tmp_path / "masks") == masks
 
 
+def test_pieces_must_fit_the_shapes():
+    piece = torch.ones(4, dtype=torch.bool)
+    shapes = {"a": torch.Size([2, 2]), "b": torch.Size([4])}
+    assert Masks.from_chunks(shapes, [[piece], [piece]]).kept == 8
+    with pytest.raises(ValueError, match="more masks than the 2 shapes"):
+        Masks.from_chunks(shapes, [[piece], [piece], [piece]])
+
+
 def test_pickles_of_a_view_carry_no_more():
     buffer = io.BytesIO()
     pickle.dump(example(), buffer)

@@ -65,10 +65,11 @@ def weights(draw):
 
 
 @settings(max_examples=300, deadline=None)
-@given(weights(), SPARSITIES, st.sampled_from([1, 3, 251]))
-def test_equals_the_sort(tensors, sparsity, step):
+@given(weights(), SPARSITIES, st.sampled_from([1, 3, 251]), st.sampled_from([8, 2**18]))
+def test_equals_the_sort(tensors, sparsity, step, size):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(search, "_SAMPLE_STEP", step)
+        patch.setattr(search, "_SAMPLE_SIZE", size)
         assert_same(keep_masks(tensors, sparsity), reference(tensors, sparsity))
 
 
@@ -229,6 +230,16 @@ def test_counts_of_parts_add_up(dtype):
             expected.ties,
             expected.ties_kept,
         )
+
+
+def test_weights_that_vanish_during_a_search():
+    state = RankSearch([0.9])
+    state.count("w", torch.rand(100_000) * 2.0**-100)
+    state.advance()
+    assert not state.done
+    state.advance()  # finds nothing in the window and looks above it
+    with pytest.raises(ValueError, match="weights were counted where there were 100,000 before"):
+        state.advance()
 
 
 def test_cuts_of_an_unfinished_search():

@@ -1,5 +1,6 @@
 """One-shot pruning: exact masks, evaluation at many sparsities, statistics, reports and files."""
 
+from wcr_optim.files import WeightFileError
 from wcr_optim.parameters import prunable_weights
 from wcr_optim.pruning.apply import applied, apply_
 from wcr_optim.pruning.batchnorm import recalibrate_batchnorm
@@ -7,7 +8,7 @@ from wcr_optim.pruning.inference import to_csr, to_semi_structured
 from wcr_optim.pruning.masks import Masks
 from wcr_optim.pruning.report import LayerReport, PruningReport, report
 from wcr_optim.pruning.select import magnitude_masks, n_m_masks, random_masks, stream_masks
-from wcr_optim.pruning.sparse_file import load_sparse, save_sparse
+from wcr_optim.pruning.sparse_file import load_sparse, read_sparse, save_sparse
 from wcr_optim.pruning.sweep import SweepResult, SweepRow, sweep
 from wcr_optim.pruning.torch_prune import from_torch_prune, to_torch_prune
 
@@ -17,6 +18,7 @@ __all__ = [
     "PruningReport",
     "SweepResult",
     "SweepRow",
+    "WeightFileError",
     "applied",
     "apply_",
     "from_torch_prune",
@@ -25,6 +27,7 @@ __all__ = [
     "n_m_masks",
     "prunable_weights",
     "random_masks",
+    "read_sparse",
     "recalibrate_batchnorm",
     "report",
     "save_sparse",

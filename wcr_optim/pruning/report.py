@@ -146,7 +146,7 @@ class PruningReport:
             for row in rows
         ]
         lines.append(
-            f"file: {_short(self.dense_bytes)}B dense, {_short(self.sparse_bytes)}B sparse "
+            f"file: {_short(self.dense_bytes, 'B')} dense, {_short(self.sparse_bytes, 'B')} sparse "
             f"({self.sparse_bytes / max(1, self.dense_bytes):.1%})"
         )
         return "\n".join(lines)
@@ -230,15 +230,12 @@ def _saved_buffers(model: nn.Module) -> list[Tensor]:
     ]
 
 
-def _short(count: int | None) -> str:
-    if count is None:
-        return ""
-    value = float(count)
-    for unit in ("", "k", "M", "G", "T"):
-        if value < 1000 or unit == "T":
-            return f"{value:.4g} {unit}".rstrip() + ("" if unit else " ")
+def _short(count: int | None, unit: str = "") -> str:
+    value, prefixes = float(count or 0), ["", "k", "M", "G", "T"]
+    while value >= 1000 and len(prefixes) > 1:
         value /= 1000
-    raise AssertionError
+        del prefixes[0]
+    return f"{value:.4g} {prefixes[0]}{unit}".rstrip()
 
 
 class _ByWeight:

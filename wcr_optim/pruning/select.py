@@ -64,8 +64,9 @@ def stream_masks(stream: Stream, sparsity: float, scope: Scope = "global") -> Ma
     For checkpoints larger than the memory: beside the masks themselves it takes no more than the tensor at hand.
 
     Args:
-        stream: Called for every pass, returns the same weights in the same order each time. Weights that are ranked
-            together take three passes, or five for float64; ranked by layer they take two.
+        stream: Called for every pass, returns the same weights in the same order each time. Ranking all together
+            mostly takes three passes, and a few more for weights that a sample says little about; ranking by layer
+            takes two.
         sparsity: Share of the weights to prune, in [0, 1].
         scope: As in `magnitude_masks` (default: "global")
 
@@ -176,7 +177,7 @@ def n_m_masks(
 
     def marked() -> Iterator[Iterator[Tensor]]:
         for name, tensor in weights.items():
-            if name in fitting:
+            if name in fitting and tensor.numel():
                 yield chunks(_n_of_m(name, whole(tensor), layouts[name][0], n, m))
             else:
                 yield chunks(torch.ones(tensor.shape, dtype=torch.bool))

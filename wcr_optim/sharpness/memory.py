@@ -120,10 +120,11 @@ def _limit(device: torch.device) -> int:
 
 
 def _split(row: tuple[Tensor, ...], limit: int) -> Iterator[tuple[Tensor, ...]]:
+    if row[0].numel() <= limit or any(t.stride() != row[0].stride() for t in row):
+        yield row
+        return
     memory = [flat(t) for t in row]
-    same_order = all(t.stride() == row[0].stride() for t in row)
-    shared = all(m.data_ptr() == t.data_ptr() for m, t in zip(memory, row, strict=True))
-    if row[0].numel() <= limit or not same_order or not shared:
+    if any(m.data_ptr() != t.data_ptr() for m, t in zip(memory, row, strict=True)):  # gaps, so that flat() had to copy
         yield row
     else:
         yield from zip(*(torch.split(m, limit) for m in memory), strict=True)

@@ -88,7 +88,8 @@ class TwoPass(OptimizerWrapper):
         scaler.update()
 
     In a manual loop: scaled backward, `first_step()`, `zero_grad()`, scaled backward, `gather()`, `scaler.step`,
-    `scaler.update()`. The gradients stay scaled until `gather` is done: `scaler.unscale_` works once per step.
+    `scaler.update()`. The gradients stay scaled until `gather` is done: `scaler.unscale_` works once per step. The
+    constructor's scaler= is for methods that care about a gradient's length (CrAM).
 
     *DistributedDataParallel* needs to reduce a pass's gradients only where `needs_reduction` says so; in the others
     each replica perturbs its weights by the gradient of its own data, which is cheaper and undone everywhere alike:
@@ -140,7 +141,7 @@ class TwoPass(OptimizerWrapper):
                 self._refuse_a_plain_step()
             return super().gather(None)
         if self._second is not None:
-            raise RuntimeError("first_step() waits for its second_step(); call that, or gather() to give it up")
+            raise RuntimeError("first_step() waits for its second_step(); call that, or gather() to only come back")
         self._check_groups()
         self._gathered = False
         states = random_states(self._devices()) if self.same_dropout else []
@@ -167,7 +168,7 @@ class TwoPass(OptimizerWrapper):
 
         """
         if self._second is not None:
-            raise RuntimeError("first_step() was called before, and waits for its second_step()")
+            raise RuntimeError("first_step() waits for its second_step(); call that, or gather() to only come back")
         self._check_groups()
         self._gathered = False
         try:
