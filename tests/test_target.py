@@ -161,11 +161,11 @@ class TestControl:
 
     def test_the_strength_given_does_not_matter(self):
         tails = []
-        for strength in (1e-6, 1e-3, 1.0):
+        for strength in (1e-6, 1.0):
             net = student()
             optimizer = WCR(BASES["sgd"](param_groups(net, weight_concentration=strength)), form="scale_free")
-            target = SparsityTarget(optimizer, 0.9, 300)
-            fit(net, optimizer, target, 300)
+            target = SparsityTarget(optimizer, 0.9, 150)
+            fit(net, optimizer, target, 150)
             tails.append(target.last_tail)
         assert max(tails) < 1.5 * 3e-3
 
@@ -198,8 +198,8 @@ class TestControl:
     def test_goes_on_past_total_steps(self):
         net = student()
         optimizer = WCR(BASES["sgd"](param_groups(net)), form="scale_free")
-        target = SparsityTarget(optimizer, 0.9, 150)
-        fit(net, optimizer, target, 300)
+        target = SparsityTarget(optimizer, 0.9, 120)
+        fit(net, optimizer, target, 200)
         assert target.last_tail < 2 * target.tail_energy
 
     def test_a_goal_that_is_met_already_leaves_the_strength_at_its_floor(self):
