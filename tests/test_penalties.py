@@ -171,6 +171,13 @@ def test_layers_without_a_direction_are_left_alone(name, w):
 
 
 @pytest.mark.parametrize("name", CONCENTRATING)
+def test_the_largest_finite_step_makes_no_nan(name):
+    gain, threshold = PENALTIES[name].flow(moments([torch.randn(8, 8) * 1e-6]), 1e308)
+    assert not gain.isnan().any()
+    assert not threshold.isnan().any()
+
+
+@pytest.mark.parametrize("name", CONCENTRATING)
 def test_one_bad_layer_does_not_touch_the_others(name):
     good = torch.randn(8, 8)
     alone = PENALTIES[name].flow(moments([good]), 1e-2)

@@ -4,12 +4,13 @@ import copy
 import pickle
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from reference import assert_same, make_closure, small_net, through_file, train, weights
 from torch.optim import lr_scheduler
 
-from wcr_optim import OptimizerWrapper
+from wcr_optim import WCR, L1Decay, OptimizerWrapper
 
 
 class Plain(OptimizerWrapper):
@@ -355,3 +356,26 @@ def test_the_scaler_cannot_take_the_wrapper_for_a_fused_optimizer():
 
 def test_repr_names_the_wrapper_and_the_base():
     assert repr(Plain(sgd(small_net()))).startswith("Plain() around SGD (\nParameter Group 0")
+
+
+@pytest.mark.parametrize("scalar", [np.float64(0.5), np.float32(0.5), np.int64(2)])
+def test_numpy_scalars_become_numbers_that_a_safe_checkpoint_holds(scalar):
+    net = small_net()
+    opt = WCR(sgd(net), scalar)
+    opt.add_param_group({"params": [torch.nn.Parameter(torch.ones(2, 2))], "weight_concentration": scalar})
+    train(net, opt, range(1))
+    opt.param_groups[0]["weight_concentration"] = scalar  # as a schedule over np.linspace would set it
+    train(net, opt, range(1))
+    saved = through_file(opt.state_dict())
+    assert [type(group["weight_concentration"]) for group in saved["param_groups"]] == [type(scalar.item())] * 2
+
+
+def test_a_bad_option_on_an_inner_level_stops_the_step_before_the_outer_one_changes_a_weight():
+    net = small_net()
+    opt = L1Decay(WCR(sgd(net)), 1e-2)
+    opt.param_groups[0]["weight_concentration"] = -1.0
+    make_closure(net, opt, 0)()
+    before = weights(net)
+    with pytest.raises(ValueError, match=r"weight_concentration must be finite and not negative, got -1\.0"):
+        opt.step()
+    assert all(torch.equal(a, b) for a, b in zip(before, weights(net), strict=True))

@@ -28,6 +28,8 @@ from wcr_optim.moments import Moments
 # Below this share of q, V = q - mu^2 is rounding noise of float32 sums: the magnitudes are all the same, and nothing
 # tells which of them should grow.
 MIN_RELATIVE_VARIANCE = 1e-6
+# Beyond it a step has long had all its effect, and infinity would make NaN of it.
+MAX_SIGMA = 1e100
 
 
 class Penalty(ABC):
@@ -133,7 +135,8 @@ class _EnergyPreserving(Penalty):
         """Return (sqrt(V'/V), mu - mu'/gain), max_growth bounding delta from below."""
         x, variance = moments.mu.square(), moments.variance
         most = ((1 + self.max_growth) ** 2 - 1) * variance / x  # of x that V may take without outgrowing max_growth
-        delta = self.log_ratio(x / moments.q, self.sigma(moments, s)).maximum((-most).clamp(min=-1).log1p())
+        sigma = self.sigma(moments, s).clamp(max=MAX_SIGMA)
+        delta = self.log_ratio(x / moments.q, sigma).maximum((-most).clamp(min=-1).log1p())
         log_gain = (-x / variance * delta.expm1()).log1p() / 2
         return _where_spread(moments, log_gain.exp(), -moments.mu * torch.expm1(delta / 2 - log_gain))
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
@@ -73,8 +74,9 @@ class OptimizerWrapper(Optimizer):
                     f"{option!r} is already an option of this {type(base).__name__}, maybe through another wrapper "
                     f"around it; wrap it once, and change the option in its param_groups"
                 )
+        options = {option: _plain(value) for option, value in options.items()}
         for index, group in enumerate(base.param_groups):
-            self._check_group(options | group, index)
+            self._check_group({key: _plain(value) for key, value in {**options, **group}.items()}, index)
         # As defaults of the base they reach groups that are added to the base behind our back.
         base.defaults.update(options)
         self._fill_options()
@@ -132,7 +134,11 @@ class OptimizerWrapper(Optimizer):
             The closure's loss, at the weights before the step; None without a closure.
 
         """
-        loss = None if closure is already_gathered else self.gather(closure)
+        if closure is already_gathered:
+            self.update()
+            return None
+        self._check_options()  # of all levels, before any of them changes a weight
+        loss = self.gather(closure)
         self.update()
         return loss
 
@@ -255,8 +261,10 @@ class OptimizerWrapper(Optimizer):
         if isinstance(param_group, dict) and isinstance(param_group.get("params"), Iterator):
             param_group["params"] = list(param_group["params"])  # to be read twice
         if isinstance(param_group, dict) and not isinstance(param_group.get("params"), (set, type(None))):
-            self._check_group(self.defaults | param_group, len(self.param_groups))
+            group = {key: _plain(value) for key, value in {**self.defaults, **param_group}.items()}
+            self._check_group(group, len(self.param_groups))
         self.base.add_param_group(param_group)  # torch has its own words for what is no group at all
+        self._fill_options()
 
     def __getstate__(self) -> dict[str, Any]:
         # Hooks and an LR scheduler's patch of `step` belong to this process; torch's optimizers drop them too.
@@ -273,6 +281,12 @@ class OptimizerWrapper(Optimizer):
 
     def _describe(self) -> str:
         return ""
+
+    def _check_options(self) -> None:
+        for index, group in enumerate(self._filled_groups()):
+            self._check_group(group, index)
+        if isinstance(self.base, OptimizerWrapper):
+            self.base._check_options()
 
     def _check_group(self, group: Mapping[str, Any], index: int) -> None:
         """Raise if a group is empty or one of the wrapper's options in it has a bad value."""
@@ -291,4 +305,9 @@ class OptimizerWrapper(Optimizer):
         for index, group in enumerate(self.param_groups):
             values = present[index] if present else {}
             for key, value in {**defaults, **values}.items():
-                group.setdefault(key, value)
+                group[key] = _plain(group.get(key, value))
+
+
+def _plain(value: Any) -> Any:
+    """Turn a numpy scalar, as a search over np.logspace gives, into the number that a safe checkpoint can hold."""
+    return value.item() if isinstance(value, np.generic) else value
