@@ -303,6 +303,56 @@ def test_other_contents_are_refused(capsys, tmp_path):
     assert "no weights to prune" in refused(capsys, "prune", tmp_path / "x.pt", "--sparsity", "0.5")
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"w": torch.zeros(1, 1).expand(2**20, 2**20)},
+        dict.fromkeys(map(str, range(300)), torch.zeros(2**10, 1).expand(2**10, 2**10)),
+    ],
+)
+@pytest.mark.parametrize("command", ["inspect", "expand"])
+def test_a_file_that_claims_more_than_it_stores_is_refused(capsys, tmp_path, command, content):
+    torch.save(content, tmp_path / "x.pt")
+    output = ["-o", tmp_path / "out.safetensors"] if command == "expand" else []
+    assert "bytes and its tensors claim" in refused(capsys, command, tmp_path / "x.pt", *output)
+    assert os.listdir(tmp_path) == ["x.pt"]
+
+
+def test_views_of_moderate_size_are_read(tmp_path):
+    view = torch.arange(64.0).expand(64, 64)
+    torch.save({"view": view, "other": view}, tmp_path / "x.pt")
+    state, _ = read_checkpoint(tmp_path / "x.pt")
+    assert same(state, {"view": view, "other": view})
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: ...")])
+def test_too_little_memory_is_an_error_of_its_own(capsys, checkpoint, monkeypatch, error):
+    def fails(*_):
+        raise error
+
+    monkeypatch.setattr(cli, "read_checkpoint", fails)
+    assert "does not fit into the memory" in refused(capsys, "inspect", checkpoint)
+
+
+def test_defects_are_not_taken_for_little_memory(checkpoint, monkeypatch):
+    def fails(*_):
+        raise RuntimeError("a defect")
+
+    monkeypatch.setattr(cli, "read_checkpoint", fails)
+    with pytest.raises(RuntimeError, match="a defect"):
+        cli.main(["inspect", str(checkpoint)])
+
+
+def test_lazily_negated_tensors_are_read(capsys, tmp_path):
+    weight = torch.randn(4, 4)
+    torch.save({"w": torch._neg_view(weight)}, tmp_path / "x.pt")
+    run_json(capsys, "inspect", tmp_path / "x.pt")
+    run_json(capsys, "expand", tmp_path / "x.pt", "-o", tmp_path / "out.safetensors")
+    assert torch.equal(safetensors.torch.load_file(tmp_path / "out.safetensors")["w"], -weight)
+    save_sparse({"w": torch._neg_view(weight)}, tmp_path / "sparse.safetensors")
+    assert torch.equal(read_sparse(tmp_path / "sparse.safetensors")["w"], -weight)
+
+
 # --------------------------------------------------------------------------------------------------- what is asked
 
 

@@ -19,6 +19,11 @@ from wcr_optim.pruning import sparse_file
 
 PICKLES = (".pt", ".pth", ".bin")
 
+# Views of one stored tensor can claim any number of elements in a file of a few bytes. Real checkpoints come near their
+# own size, or to a few times of it where layers share their weights under several names.
+_BYTES_PER_BYTE = 64
+_ALWAYS_ALLOWED = 2**28
+
 # What training scripts call the model's part of a checkpoint, most specific first.
 _STATE_KEYS = ("state_dict", "model_state_dict", "model_state", "model", "module", "net", "network", "params")
 
@@ -36,7 +41,8 @@ def read_checkpoint(path: str | os.PathLike[str], key: str | None = None) -> tup
 
     A ``.safetensors`` file may be dense or of `wcr_optim.pruning.save_sparse`. A ``.pt``, ``.pth`` or ``.bin`` file is
     read by ``torch.load(weights_only=True)``, which builds tensors and plain containers and runs no code; a state dict
-    inside a dict of a training script is found.
+    inside a dict of a training script is found. Its tensors may take 64 times the file's bytes together, and at least
+    2**28 bytes: more than that, claimed by views of few stored numbers, no training script writes.
 
     Args:
         path: The file.
@@ -46,8 +52,8 @@ def read_checkpoint(path: str | os.PathLike[str], key: str | None = None) -> tup
         CPU tensors by name, those that share memory in the file still sharing it, and notices of what was left out.
 
     Raises:
-        WeightFileError: If the file is damaged, of an unknown kind, holds objects that only code could rebuild, or
-            holds no state dict or several.
+        WeightFileError: If the file is damaged, of an unknown kind, holds objects that only code could rebuild,
+            holds no state dict or several, or claims more than it stores.
         ValueError: If a tensor is of a kind that `wcr_optim.pruning.save_sparse` cannot store.
         OSError: If it cannot be read.
         ImportError: If it is a safetensors file and safetensors is not installed.
@@ -119,7 +125,21 @@ def _read(path: str | os.PathLike[str], key: str | None) -> tuple[dict[str, Tens
         raise WeightFileError(f"{os.fspath(path)!r} is not a regular file")
     with open(path, "rb"):  # the usual OSError if it may not be read
         pass
-    return _state_dict(os.fspath(path), _unpickled(path), key)
+    state, notices = _state_dict(os.fspath(path), _unpickled(path), key)
+    _check_size(path, state)
+    return state, notices
+
+
+def _check_size(path: str | os.PathLike[str], state: Mapping[str, Tensor]) -> None:
+    # Every name counts, as a dense file gets a copy for each.
+    claimed = {name: t.numel() * t.element_size() for name, t in state.items() if t.layout is torch.strided}
+    allowed = max(_ALWAYS_ALLOWED, _BYTES_PER_BYTE * os.path.getsize(path))
+    if sum(claimed.values()) > allowed:
+        largest = max(claimed, key=claimed.__getitem__)
+        raise WeightFileError(
+            f"refused {os.fspath(path)!r}: it has {os.path.getsize(path)} bytes and its tensors claim "
+            f"{sum(claimed.values())}, of which {largest!r} {claimed[largest]}; store its tensors with contiguous()"
+        )
 
 
 def _unpickled(path: str | os.PathLike[str]) -> object:

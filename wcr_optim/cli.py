@@ -52,6 +52,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, TypeError, OSError, ImportError) as error:
         print(f"wcr-optim: error: {error}", file=sys.stderr)
         return 2
+    except (MemoryError, RuntimeError) as error:
+        # torch has no type of its own for a failed allocation on the CPU.
+        if not isinstance(error, MemoryError) and "allocate memory" not in str(error):
+            raise
+        print(f"wcr-optim: error: {options.file!r} does not fit into the memory", file=sys.stderr)
+        return 2
     return 0
 
 

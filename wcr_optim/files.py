@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 import stat
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,20 @@ from torch import Tensor
 
 class WeightFileError(ValueError):
     """The file is damaged or of another kind, or it does not fit the model that it was to be loaded into."""
+
+
+def check_shape(name: str, shape: Sequence[int]) -> None:
+    """Raise ValueError unless a shape that a file claims is one that a tensor can have.
+
+    Args:
+        name: What to call it in the message.
+        shape: Extents of at least 0.
+    """
+    product = 1
+    for extent in shape:
+        product *= max(extent, 1)  # strides are computed from the other extents even where one is zero
+        if product >= 2**63:
+            raise ValueError(f"{name} has a shape of more elements than 64 bits can count")
 
 
 def write_safetensors(arrays: dict[str, Tensor], path: str | os.PathLike[str], metadata: dict[str, str]) -> None:

@@ -14,6 +14,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from wcr_optim.files import check_shape
 from wcr_optim.pruning.patterns import chunks, slabs
 
 _FORMAT = "wcr_optim.masks"
@@ -212,9 +213,14 @@ def _checked(content: Any) -> tuple[dict[str, list[int]], npt.NDArray[np.uint8]]
         for name, shape in shapes.items()
     ):
         raise ValueError("its shapes are malformed")
+    for name, shape in shapes.items():
+        check_shape(f"the mask of {name}", shape)
     places = _places(shapes)
     if not isinstance(bits, Tensor) or bits.dtype is not torch.uint8 or bits.shape != (_bytes(places),):
         raise ValueError(f"its shapes take {_bytes(places)} bytes of bits, it does not hold as many")
+    # A tensor may claim more elements than are stored, all of them read from the same place.
+    if bits.layout is not torch.strided or not bits.is_contiguous() or bits.untyped_storage().nbytes() < bits.numel():
+        raise ValueError("its bits are not stored one after the other")
     flat = bits.numpy()
     for name, place in places.items():
         spare = -math.prod(shapes[name]) % 8

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from wcr_optim.files import WeightFileError, read_safetensors, write_safetensors
+from wcr_optim.files import WeightFileError, check_shape, read_safetensors, write_safetensors
 from wcr_optim.layout import as_dtensor
 from wcr_optim.parameters import unwrapped
 from wcr_optim.pruning import encodings
@@ -240,9 +240,9 @@ def plain(name: str, value: object) -> Tensor:
         )
     if value.is_meta:
         raise ValueError(f"{name!r} is on the meta device and has no values; use model.to_empty(device=...) first")
-    if value.layout != torch.strided or value.dtype not in _DTYPES.values():
+    if value.layout != torch.strided or value.is_nested or value.dtype not in _DTYPES.values():
         raise ValueError(f"{name!r} cannot be stored: layout {value.layout}, dtype {value.dtype}")
-    return value.detach()
+    return value.detach().resolve_neg()  # a lazily negated view has other bits than values
 
 
 def memory(tensor: Tensor) -> tuple[object, ...]:
@@ -349,11 +349,7 @@ def _entry(name: str, row: dict[str, Any]) -> _Entry:
     # type() rather than isinstance: True is an int, too.
     if not isinstance(shape, list) or not all(type(extent) is int and extent >= 0 for extent in shape):
         raise ValueError(f"{name!r} has the impossible shape {shape!r}")
-    product = 1
-    for extent in shape:
-        product *= max(extent, 1)  # strides are computed from the other extents even where one is zero
-        if product >= 2**63:
-            raise ValueError(f"{name!r} has a shape of more elements than 64 bits can count")
+    check_shape(repr(name), shape)
     return _Entry(tuple(shape), _DTYPES[dtype], encoding)
 
 
