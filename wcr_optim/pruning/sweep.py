@@ -8,7 +8,6 @@ import os
 import secrets
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -165,8 +164,10 @@ def sweep(
 ) -> SweepResult:
     """Evaluate a model pruned by magnitude to each of many sparsities.
 
-    All thresholds come from the same passes over the weights. The model is evaluated in evaluation mode, and after
-    every evaluation, and after an exception, it is as before: weights bit for bit, running statistics, training flags.
+    All thresholds come from the same passes over the weights. The model is evaluated in evaluation mode. After every
+    evaluation, and after an exception, it is as before: the prunable weights bit for bit, the running statistics of
+    norm layers (``evaluate`` may estimate them anew itself), training flags. What ``evaluate`` changes beyond these
+    stays changed.
 
     Args:
         model: The model.
@@ -185,7 +186,8 @@ def sweep(
         The metrics at each sparsity.
 
     Raises:
-        ValueError: If there are no sparsities or one lies outside [0, 1], and as `magnitude_masks`.
+        ValueError: If there are no sparsities or one lies outside [0, 1], if ``evaluate`` returns no metrics, and as
+            `magnitude_masks`.
         ImportError: If progress is True and tqdm is not installed.
 
     Example:
@@ -202,21 +204,27 @@ def sweep(
     prunings = weight_cuts(weights, sparsities, scope)
     total = sum(tensor.numel() for tensor in weights.values())
     rows = []
-    statistics = statistics_restored(plain) if calibration is not None else nullcontext()
-    with statistics, weights_restored(weights.values()) as restore:
+    with statistics_restored(plain) as restore_statistics, weights_restored(weights.values()) as restore_weights:
         for sparsity, cuts in _with_progress(list(zip(sparsities, prunings, strict=True)), progress):
-            restore()
+            restore_statistics()
+            restore_weights()
             for tensor, keeper in zip(weights.values(), weight_keepers(cuts), strict=True):
                 _prune_(tensor, keeper)
             with evaluation_mode(model):
                 if calibration is not None:
                     recalibrate_batchnorm(plain, calibration, forward)
                 found = evaluate(model)
-            found = found if isinstance(found, Mapping) else {"score": found}
-            metrics = {name: float(value) for name, value in found.items()}
+            metrics = _metrics(found, sparsity)
             pruned = sum(cut.pruned for cut in {id(cut): cut for cut in cuts}.values())
             rows.append(SweepRow(sparsity, pruned, total, metrics))
     return SweepResult(tuple(rows), scope, calibration is not None)
+
+
+def _metrics(found: float | Mapping[str, float], sparsity: float) -> dict[str, float]:
+    found = found if isinstance(found, Mapping) else {"score": found}
+    if not found:
+        raise ValueError(f"evaluate returned no metrics at sparsity {sparsity:g}: it has to return a number or several")
+    return {name: float(value.detach() if isinstance(value, Tensor) else value) for name, value in found.items()}
 
 
 def _prune_(tensor: Tensor, keeper: Keeper) -> None:
