@@ -101,7 +101,10 @@ class _Average:
 
     def add(self, norm: _NormBase) -> None:
         """Add the statistics that the layer's buffers hold."""
-        found = [buffer.to(torch.float32 if buffer.is_mps else torch.float64) for buffer in _mean_and_variance(norm)]
+        found = [
+            buffer.to(torch.float32 if buffer.is_mps else torch.float64, copy=True)
+            for buffer in _mean_and_variance(norm)
+        ]
         self._sums = [a + b for a, b in zip(self._sums, found, strict=True)] if self.batches else found
         self.batches += 1
 
