@@ -431,6 +431,8 @@ def test_names_of_what_stays_dense():
         "fc.weight_scale",
         "q_proj.lora_A.default.weight",
         "q_proj.lora_B.default.weight",
+        "q_proj.lora_a.weight",
+        "to_q.lora.down.weight",
         weights=(
             "lm_head.weight",
             "patch_embed.proj.weight",

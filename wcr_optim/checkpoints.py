@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from wcr_optim.files import WeightFileError, read_safetensors
-from wcr_optim.parameters import DTYPES
+from wcr_optim.parameters import DTYPES, LORA, memory
 from wcr_optim.pruning import sparse_file
 
 PICKLES = (".pt", ".pth", ".bin")
@@ -96,7 +96,7 @@ def prunable_names(state: Mapping[str, Tensor], exclude: Iterable[str] = ()) -> 
                 "and save again"
             )
         if tensor.ndim >= 2 and tensor.dtype in DTYPES and tensor.numel():
-            names.setdefault(sparse_file.memory(tensor), []).append(name)
+            names.setdefault(memory(tensor), []).append(name)
     return [
         places[0]
         for places in names.values()
@@ -107,7 +107,7 @@ def prunable_names(state: Mapping[str, Tensor], exclude: Iterable[str] = ()) -> 
 def _named_dense(name: str) -> bool:
     parts = name.split(".")
     own = parts[-2] if len(parts) > 1 and parts[-1] == "weight" else parts[-1]
-    return _DENSE_NAME.search(own) is not None or any(part.startswith("lora_") for part in parts)
+    return _DENSE_NAME.search(own) is not None or any(LORA.search(part) for part in parts)
 
 
 def _read(path: str | os.PathLike[str], key: str | None) -> tuple[dict[str, Tensor], list[str]]:

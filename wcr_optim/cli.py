@@ -17,7 +17,8 @@ import wcr_optim
 from wcr_optim.checkpoints import prunable_names, read_checkpoint
 from wcr_optim.files import write_safetensors
 from wcr_optim.metrics import LayerConcentration, aligned, concentration
-from wcr_optim.pruning.sparse_file import encoded_size, memory, save_sparse
+from wcr_optim.parameters import memory
+from wcr_optim.pruning.sparse_file import encoded_size, save_sparse
 from wcr_optim.pruning.threshold import check_sparsity, keep_masks
 
 _TOP = 0.05
@@ -27,7 +28,8 @@ Look at a checkpoint, prune it by magnitude, and store it in a small file or a d
 
 FILE is .safetensors, dense or sparse, or a .pt, .pth or .bin of torch.save that holds tensors and plain containers
 only; nothing in it is ever executed. Which tensors are weights is told by name and shape: floating-point matrices whose
-name does not speak of a bias, a norm, an embedding, a table, a mask, scales or a low-rank adapter."""
+name does not speak of a bias, a norm, an embedding, a table, a mask, scales or a low-rank adapter. Names of one and the
+same tensor stay tied in a sparse file; tensors that overlap in memory otherwise become separate ones."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

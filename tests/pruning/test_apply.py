@@ -218,3 +218,13 @@ def test_restoring_in_between():
         assert torch.equal(tensor, before)
         tensor.zero_()
     assert torch.equal(tensor, before)
+
+
+def test_two_masks_on_the_same_memory_are_refused():
+    model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False))
+    model[1].weight.data = model[0].weight.data
+    before = contents(model)
+    mask = torch.zeros(4, 4, dtype=torch.bool)
+    with pytest.raises(ValueError, match=r"1\.weight and 0\.weight are the same parameter"):
+        apply_(model, Masks({"0.weight": mask, "1.weight": mask}))
+    assert_holds(model, before)

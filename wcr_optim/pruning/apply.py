@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from wcr_optim.layout import as_dtensor, local
-from wcr_optim.parameters import refusal, unwrapped
+from wcr_optim.parameters import memory, refusal, unwrapped
 from wcr_optim.pruning.masks import Masks
 from wcr_optim.pruning.shards import own_part
 
@@ -87,7 +87,7 @@ def matched(model: nn.Module, masks: Masks) -> list[Target]:
     """Match masks to parameters, or raise before anything is changed."""
     model = unwrapped(model)
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    named: dict[int, str] = {}
+    named: dict[tuple[object, ...], str] = {}
     targets = []
     for name, shape in masks.shapes.items():
         if name not in parameters:
@@ -96,9 +96,9 @@ def matched(model: nn.Module, masks: Masks) -> list[Target]:
         if is_lazy(parameter) or parameter.shape != shape:
             has = "no shape yet" if is_lazy(parameter) else f"shape {tuple(parameter.shape)}"
             raise ValueError(f"the mask of {name} has shape {tuple(shape)}, the parameter has {has}")
-        if id(parameter) in named:
-            raise ValueError(f"{name} and {named[id(parameter)]} are the same parameter: keep one of the two masks")
-        named[id(parameter)] = name
+        other = named.setdefault(memory(parameter), name)
+        if other != name:
+            raise ValueError(f"{name} and {other} are the same parameter: keep one of the two masks")
         targets.append(Target(name, parameter))
     return targets
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from wcr_optim.layout import as_dtensor, local
-from wcr_optim.parameters import unwrapped
+from wcr_optim.parameters import memory, unwrapped
 from wcr_optim.pruning.apply import matched
 from wcr_optim.pruning.masks import Masks
 from wcr_optim.pruning.modes import evaluation_mode, without_compilation
@@ -202,12 +202,13 @@ def report(
                 sparse_macs=None if macs is None else round(macs * kept[name] / max(1, numel)),
             )
         )
-    state = {id(tensor): tensor for tensor in (*model.parameters(), *_saved_buffers(model))}
+    parameters = {memory(parameter): parameter for parameter in model.parameters()}
+    state = {**parameters, **{memory(buffer): buffer for buffer in _saved_buffers(model)}}
     dense_bytes = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
     dense_macs = None if flops is None else flops[None] // 2
     return PruningReport(
         layers=tuple(layers),
-        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        parameters=sum(parameter.numel() for parameter in parameters.values()),
         dense_bytes=dense_bytes,
         sparse_bytes=dense_bytes - sum(layer.dense_bytes - layer.sparse_bytes for layer in layers),
         dense_macs=dense_macs,

@@ -33,7 +33,7 @@ from torch.nn.parameter import is_lazy
 
 from wcr_optim.files import WeightFileError, check_shape, read_safetensors, write_safetensors
 from wcr_optim.layout import as_dtensor
-from wcr_optim.parameters import unwrapped
+from wcr_optim.parameters import memory, unwrapped
 from wcr_optim.pruning import encodings
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -243,13 +243,6 @@ def plain(name: str, value: object) -> Tensor:
     if value.layout != torch.strided or value.is_nested or value.dtype not in _DTYPES.values():
         raise ValueError(f"{name!r} cannot be stored: layout {value.layout}, dtype {value.dtype}")
     return value.detach().resolve_neg()  # a lazily negated view has other bits than values
-
-
-def memory(tensor: Tensor) -> tuple[object, ...]:
-    """Return a key that is equal for tensors which are one and the same memory, read in the same way."""
-    if tensor.numel() == 0:
-        return (id(tensor),)  # all of them have the address 0
-    return (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
 
 
 def _bits(flat: Tensor) -> Tensor:

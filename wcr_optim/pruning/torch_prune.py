@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
-from wcr_optim.parameters import unwrapped
+from wcr_optim.parameters import memory, unwrapped
 from wcr_optim.pruning.apply import matched
 from wcr_optim.pruning.masks import Masks
 
@@ -34,7 +34,7 @@ def to_torch_prune(model: nn.Module, masks: Masks) -> None:
             (module, own_name)
             for module in model.modules()
             for own_name, held in module._parameters.items()
-            if held is parameter
+            if held is not None and memory(held) == memory(parameter)
         ]
         for module, own_name in places:
             custom_from_mask(module, own_name, mask)
@@ -55,7 +55,7 @@ def from_torch_prune(model: nn.Module) -> Masks:
         ValueError: If the model has no such masks, or a shared parameter has different ones.
     """
     found: dict[str, Tensor] = {}
-    names: dict[int, str] = {}
+    names: dict[tuple[object, ...], str] = {}
     for path, module in unwrapped(model).named_modules():
         for own_name, original in module._parameters.items():
             stem = own_name.removesuffix("_orig")
@@ -64,11 +64,11 @@ def from_torch_prune(model: nn.Module) -> Masks:
                 continue
             name = f"{path}.{stem}" if path else stem
             kept = mask != 0
-            if id(original) not in names:
-                names[id(original)] = name
+            first = names.setdefault(memory(original), name)
+            if first == name:
                 found[name] = kept
-            elif not torch.equal(found[names[id(original)]], kept):
-                raise ValueError(f"{names[id(original)]} and {name} are one shared parameter with two different masks")
+            elif not torch.equal(found[first], kept):
+                raise ValueError(f"{first} and {name} are one shared parameter with two different masks")
     if not found:
         raise ValueError("the model has no masks of torch.nn.utils.prune")
     return Masks(found)
