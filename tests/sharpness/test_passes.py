@@ -568,3 +568,40 @@ def test_plain_reference_of_clean_loss():
         expected = loss_of(twin, step).item()
         assert train(model, optimizer, [step]) == [pytest.approx(expected, rel=1e-12)]
         reference.step(step)
+
+
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("way", ["skipped", "failed"])
+def test_a_step_that_was_not_taken_leaves_nothing_for_the_next(name, way):
+    """Gradients that gather() left, and that no step took, do not vouch for others that come after them."""
+    model, twin = net(), net()
+    base = base_of(groups(model))
+    optimizer, same = OPTIMIZERS[name](base), OPTIMIZERS[name](base_of(groups(twin)))
+    for m, o in ((model, optimizer), (twin, same)):
+        train(m, o, range(2))
+    if way == "skipped":  # as by a scaler
+        optimizer.gather(closure_of(model, optimizer, 2))
+    else:
+
+        def refuse(*_):
+            raise RuntimeError("not now")
+
+        handle = base.register_step_pre_hook(refuse)
+        with pytest.raises(RuntimeError, match="not now"):
+            train(model, optimizer, [2])
+        handle.remove()
+    before = weights(model)
+    if name == "ssam":  # takes one pass: the plain step must perturb by its gradient, as any
+        same.gather(closure_of(twin, same, 2))
+        for m, o in ((model, optimizer), (twin, same)):
+            closure_of(m, o, 3)()
+            o.step()
+        with optimizer.true_weights():
+            here = weights(model)
+        assert any(not torch.equal(p, h) for p, h in zip(model.parameters(), here, strict=True))
+        return
+    if way == "skipped":
+        closure_of(model, optimizer, 3)()
+    with pytest.raises(RuntimeError, match="without a closure would be a step of SGD alone"):
+        optimizer.step()
+    assert_weights(model, before)

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from wcr_optim.layout import local
+
 
 class RunningStatistics:
     """The running statistics of a model's norm layers as they are now.
@@ -34,6 +36,12 @@ class RunningStatistics:
         for module, name, buffer, value in self._saved:
             buffer.copy_(value)
             setattr(module, name, buffer)
+
+
+def stamp(tensor: Tensor) -> tuple[int, int]:
+    """Return what changes when a tensor is written or its memory is replaced; a write through .data goes unnoticed."""
+    part = local(tensor)
+    return part._version, part.data_ptr()
 
 
 RandomStates = list[tuple[torch.device, Tensor]]

@@ -16,7 +16,7 @@ from torch.utils.hooks import RemovableHandle
 
 from wcr_optim.layout import local
 from wcr_optim.sharpness.checks import check_base, check_model, check_rho, gradients, with_gradient
-from wcr_optim.sharpness.guards import RunningStatistics, random_numbers_repeated, random_states
+from wcr_optim.sharpness.guards import RunningStatistics, random_numbers_repeated, random_states, stamp
 from wcr_optim.sharpness.memory import copies, copy_, global_norm, norms
 from wcr_optim.wrapper import Closure, OptimizerWrapper
 
@@ -35,7 +35,13 @@ class SecondPass:
         self.params = list(params)
         self.others = copies(self.params)
         self.away = True
+        self._stamps: list[tuple[int, int]] = []
         self._statistics = RunningStatistics(model)
+        self.note()
+
+    def note(self) -> None:
+        """Take the weights that are in place as written by this pass."""
+        self._stamps = [stamp(p) for p in self.params]
 
     def swap(self) -> None:
         """Put the true weights in place of the perturbed ones, or the other way around."""
@@ -43,12 +49,23 @@ class SecondPass:
         copy_(self.params, self.others)
         self.others = here
         self.away = not self.away
+        self.note()
 
     def restore(self) -> None:
         """Put everything back."""
         if self.away:
             copy_(self.params, self.others)
         self._statistics.restore()
+
+    def keep_written(self) -> None:
+        """Have `restore` leave alone what somebody else wrote since: weights of a checkpoint, loaded meanwhile."""
+        rows = zip(self.params, self.others, self._stamps, strict=True)
+        kept = [(p, other, noted) for p, other, noted in rows if stamp(p) == noted]
+        if len(kept) < len(self.params):
+            self._statistics = RunningStatistics(None)  # which came with the weights
+        self.params = [p for p, _, _ in kept]
+        self.others = [other for _, other, _ in kept]
+        self._stamps = [noted for _, _, noted in kept]
 
 
 class TwoPass(OptimizerWrapper):
@@ -115,6 +132,7 @@ class TwoPass(OptimizerWrapper):
         model: nn.Module | None,
         same_dropout: bool,
         scaler: GradScaler | None,
+        progress: Mapping[str, Any] | None = None,
     ) -> None:
         name = type(self).__name__
         check_base(name, base)
@@ -125,7 +143,8 @@ class TwoPass(OptimizerWrapper):
         self._second: SecondPass | None = None
         self._gathered = False  # whether .grad holds the final gradient, by the work of both passes
         self._overflow: list[RemovableHandle] | None = None
-        super().__init__(base, rho=rho, **{COUNTER: 0})
+        self._progress = {COUNTER: 0, **(progress or {})}  # keys in the groups that say how far the training has come
+        super().__init__(base, rho=rho, **self._progress)
 
     @property
     def needs_reduction(self) -> bool:
@@ -185,12 +204,19 @@ class TwoPass(OptimizerWrapper):
 
     def update(self) -> None:
         """Let the base update the weights."""
-        super().update()
-        if self._gathered:
-            steps = self._steps() + 1
-            for group in self.param_groups:
-                group[COUNTER] = steps
+        try:
+            super().update()
+            if self._gathered:
+                steps = self._steps() + 1
+                for group in self.param_groups:
+                    group[COUNTER] = steps
+        finally:
             self._gathered = False
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear the gradients, as torch.optim.Optimizer.zero_grad; what `gather` left is then no longer waiting."""
+        super().zero_grad(set_to_none)
+        self._gathered = False
 
     def eval(self) -> None:
         """Bring the true weights into place."""
@@ -217,6 +243,21 @@ class TwoPass(OptimizerWrapper):
         finally:
             if second is not None and away and second is self._second and not second.away:
                 second.swap()
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state_dict; a bare base's starts with step 0.
+
+        A second pass that `first_step` began is given up: the true weights come back, but for those that were written
+        since then, a checkpoint's.
+        """
+        super().load_state_dict(state_dict)
+        for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
+            group.update((key, value) for key, value in self._progress.items() if key not in saved)
+        if self._second is not None:
+            self._second.keep_written()
+            self._end(self._second)
+        self._gathered = False
 
     def _is_due(self) -> bool:
         """Whether this step has a second pass."""
@@ -252,6 +293,7 @@ class TwoPass(OptimizerWrapper):
         self._second = SecondPass(everywhere, self.model)
         if math.isfinite(norm):
             self._perturb(params, norm, scale)
+            self._second.note()
         else:
             # The step has to be skipped, by whoever checks the final gradient: so that is not finite either. DDP
             # reduces what leaves autograd, and a gradient that is NaN by then lets all ranks skip it together.
