@@ -88,6 +88,41 @@ def test_inspect_lists_every_tensor(capsys, checkpoint, state):
     assert total["dense_bytes"] == sum(row.get("dense_bytes", 0) for row in rows.values())
 
 
+def test_inspect_of_a_file_without_weights(capsys, tmp_path):
+    torch.save({"bias": torch.tensor([1.0, 0.0])}, tmp_path / "x.pt")
+    total = run_json(capsys, "inspect", tmp_path / "x.pt")["total"]
+    assert (total["prunable"], total["sparsity_of_prunable"], total["sparsity"]) == (0, 0, 0.5)
+    assert not {"top_energy", "lossless_sparsity"} & total.keys()
+    code, out, _ = run(capsys, "inspect", tmp_path / "x.pt")
+    assert code == 0
+    (line,) = [line for line in out.splitlines() if line.startswith("prunable weights")]
+    assert line.split() == ["prunable", "weights", "0", "0.0%"]
+
+
+@pytest.mark.parametrize("value", ["NaN", "inf"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_inspect_of_weights_that_are_not_finite(capsys, checkpoint, state, value, dtype):
+    sound = run_json(capsys, "inspect", checkpoint)
+    state["fc.weight"] = state["fc.weight"].to(dtype)
+    state["fc.weight"][0, :2] = torch.tensor([-float(value), 0.0])
+    torch.save(state, checkpoint)
+    result = run_json(capsys, "inspect", checkpoint)
+    for row, before in zip(result["tensors"], sound["tensors"], strict=True):
+        if row["name"] != "fc.weight":
+            assert row == before
+    (row,) = [row for row in result["tensors"] if row["name"] == "fc.weight"]
+    assert row["energy"] == value
+    assert row["sparsity"] == pytest.approx(1 / 640)
+    assert row["prunable"]
+    assert "top_energy" not in row
+    total = result["total"]
+    assert (total["prunable"], total["energy"]) == (TOTAL, value)
+    assert total["sparsity_of_prunable"] == pytest.approx(1 / TOTAL)
+    code, out, _ = run(capsys, "inspect", checkpoint)
+    assert code == 0
+    assert out.count(value) == 4
+
+
 def test_inspect_knows_every_dtype(capsys, tmp_path):
     tensors = {name: torch.tensor([[0, 1, 2, 0]]).to(dtype) for name, dtype in sparse_file._DTYPES.items()}
     save_sparse(tensors, tmp_path / "all.safetensors")
@@ -295,12 +330,13 @@ def test_other_contents_are_refused(capsys, tmp_path):
         "no tensors": ({"epoch": 3}, "it holds none, but epoch"),
         "a sparse tensor": ({"w": torch.eye(3).to_sparse()}, "'w' cannot be stored: layout torch.sparse_coo"),
         "masks": ({"w_orig": torch.ones(2, 2), "w_mask": torch.ones(2, 2)}, "torch.nn.utils.prune.remove"),
-        "NaN": ({"w": torch.full((2, 2), float("nan"))}, "w holds NaN"),
     }.values():
         torch.save(content, tmp_path / "x.pt")
         assert message in refused(capsys, "inspect", tmp_path / "x.pt")
     torch.save({"b": torch.ones(3)}, tmp_path / "x.pt")
     assert "no weights to prune" in refused(capsys, "prune", tmp_path / "x.pt", "--sparsity", "0.5")
+    torch.save({"w": torch.full((2, 2), float("nan"))}, tmp_path / "x.pt")
+    assert "w holds NaN" in refused(capsys, "prune", tmp_path / "x.pt", "--sparsity", "0.5")
 
 
 @pytest.mark.parametrize(

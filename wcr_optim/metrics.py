@@ -22,6 +22,9 @@ from wcr_optim.parameters import Selector, prunable_weights
 TAIL_ENERGY = 3e-3
 """Share of the energy that a model is expected to lose without noticing; see `LayerConcentration.lossless_sparsity`."""
 
+LARGEST = 1e300
+"""Magnitudes are measured below this, so that sums of them stay finite."""
+
 _DENSITIES = tuple(float(density) for density in np.logspace(-4, 0, 161))
 _CHUNK = 2**20
 
@@ -193,7 +196,7 @@ def _magnitudes(name: str, tensor: Tensor) -> Iterator[npt.NDArray[np.float64]]:
     for chunk in torch.split(flat(tensor.detach()), _CHUNK):
         magnitudes: npt.NDArray[np.float64] = chunk.to("cpu", torch.float64).abs().numpy()
         if magnitudes.size:
-            if not magnitudes.max() < 1e300:  # so that sums of them stay finite, too
+            if not magnitudes.max() < LARGEST:
                 raise ValueError(f"{name} holds NaN, infinity or the like: repair the weights before measuring them")
             yield magnitudes
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
-from wcr_optim.pruning import Masks, applied, apply_, magnitude_masks
+from wcr_optim.pruning import Masks, applied, apply_, magnitude_masks, sweep
 from wcr_optim.pruning.apply import weights_restored
 
 
@@ -228,3 +228,36 @@ def test_two_masks_on_the_same_memory_are_refused():
     with pytest.raises(ValueError, match=r"1\.weight and 0\.weight are the same parameter"):
         apply_(model, Masks({"0.weight": mask, "1.weight": mask}))
     assert_holds(model, before)
+
+
+def frozen_for_good(model):
+    with torch.inference_mode():
+        model[6].weight = nn.Parameter(torch.randn(4, 8), requires_grad=False)
+
+
+def expanded(model):
+    model[6].weight = nn.Parameter(torch.randn(4, 1).expand(4, 8))
+
+
+@pytest.mark.parametrize(("spoil", "message"), [(frozen_for_good, "inference_mode"), (expanded, "is expanded")])
+def test_a_weight_that_cannot_be_written_leaves_all_as_they_were(spoil, message):
+    model = network()
+    masks = magnitude_masks(model, 0.5)
+    spoil(model)
+    before = contents(model)
+    with pytest.raises(ValueError, match=rf"6\.weight .*{message}"):
+        apply_(model, masks)
+    with pytest.raises(ValueError, match=rf"6\.weight .*{message}"), applied(model, masks):
+        raise AssertionError("entered")
+    with pytest.raises(ValueError, match=rf"6\.weight .*{message}"):
+        sweep(model, lambda pruned: 0.0, [0.5])
+    assert_holds(model, before)
+
+
+def test_inference_tensors_are_pruned_where_they_can_be():
+    model = network()
+    frozen_for_good(model)
+    with torch.inference_mode():
+        masks = magnitude_masks(model, 0.5)
+        apply_(model, masks)
+    assert int((model[6].weight == 0).sum()) == int((~masks["6.weight"]).sum()) > 0

@@ -650,3 +650,14 @@ def test_permissions_and_links_stay(path):
     assert link.is_symlink()
     assert path.stat().st_mode & 0o777 == 0o600
     assert list(read_sparse(path)) == ["weight", "bias"]
+
+
+def test_a_model_that_cannot_be_written_is_left_as_it_was(tmp_path):
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    save_sparse(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), tmp_path / "x.safetensors")
+    with torch.inference_mode():
+        model[1].weight = nn.Parameter(torch.randn(4, 4), requires_grad=False)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(ValueError, match=r"1\.weight was made under torch\.inference_mode"):
+        load_sparse(model, tmp_path / "x.safetensors")
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
@@ -28,7 +29,7 @@ def apply_(model: nn.Module, masks: Masks) -> None:
 
     Raises:
         ValueError: If the model has no parameter of a mask's name, a mask's shape is not its parameter's, or two masks
-            name the same shared parameter. No weight has been changed then.
+            name the same shared parameter, or a parameter cannot be written. No weight has been changed then.
     """
     for target in matched(model, masks):
         _zero(target, masks)
@@ -99,8 +100,22 @@ def matched(model: nn.Module, masks: Masks) -> list[Target]:
         other = named.setdefault(memory(parameter), name)
         if other != name:
             raise ValueError(f"{name} and {other} are the same parameter: keep one of the two masks")
+        check_writable(name, parameter)
         targets.append(Target(name, parameter))
     return targets
+
+
+def check_writable(name: str, tensor: Tensor) -> None:
+    """Raise ValueError if torch will refuse to write to a tensor, before others have been written to."""
+    if tensor.is_inference() and not torch.is_inference_mode_enabled():
+        raise ValueError(
+            f"{name} was made under torch.inference_mode() and can be changed only there: make the model outside, "
+            "or do this inside, too"
+        )
+    if any(size > 1 and step == 0 for size, step in zip(tensor.shape, tensor.stride(), strict=True)):
+        raise ValueError(
+            f"{name} is expanded, several of its elements are one place in memory: give it a copy, clone()"
+        )
 
 
 def _missing(model: nn.Module, name: str) -> str:

@@ -35,6 +35,7 @@ from wcr_optim.files import WeightFileError, check_shape, read_safetensors, writ
 from wcr_optim.layout import as_dtensor
 from wcr_optim.parameters import memory, unwrapped
 from wcr_optim.pruning import encodings
+from wcr_optim.pruning.apply import check_writable
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -139,10 +140,14 @@ def load_sparse(model: Module, path: str | os.PathLike[str]) -> Module:
 
     Raises:
         WeightFileError: If the file is damaged or does not fit the model; the model is as before.
+        ValueError: If a tensor of the model cannot be written, as one that was made under ``torch.inference_mode()``;
+            the model is as before.
         FileNotFoundError: If there is no such file.
         ImportError: If safetensors is not installed.
     """
     target = _plain_state(model)
+    for name, tensor in target.items():
+        check_writable(name, tensor)
     entries, arrays, metadata = _open(path)
     _check_fit(path, entries, target)
     _check_content(path, metadata, arrays)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from wcr_optim.layout import as_dtensor, local
 from wcr_optim.parameters import unwrapped
-from wcr_optim.pruning.apply import weights_restored
+from wcr_optim.pruning.apply import check_writable, weights_restored
 from wcr_optim.pruning.batchnorm import Forward, recalibrate_batchnorm, statistics_restored
 from wcr_optim.pruning.modes import evaluation_mode
 from wcr_optim.pruning.patterns import slabs
@@ -199,6 +199,8 @@ def sweep(
         raise ValueError("sparsities must name at least one sparsity to evaluate at")
     plain = unwrapped(model)
     weights = selected(plain, exclude, include)
+    for name, tensor in weights.items():
+        check_writable(name, tensor)
     if isinstance(calibration, Iterator):
         calibration = list(calibration)  # needed again at every sparsity
     prunings = weight_cuts(weights, sparsities, scope)
