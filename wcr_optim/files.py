@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import secrets
 import stat
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -44,13 +45,7 @@ def write_safetensors(arrays: dict[str, Tensor], path: str | os.PathLike[str], m
         ImportError: If safetensors is not installed.
     """
     safetensors = _safetensors()
-    target = Path(os.path.realpath(path))
-    temporary = target.with_name(f".{secrets.token_hex(8)}.tmp")
-    try:
-        with open(temporary, "xb") as file:
-            mode = os.fstat(file.fileno()).st_mode
-        if target.exists():
-            mode = target.stat().st_mode
+    with written_whole(path) as temporary:
         try:
             safetensors.torch.save_file(arrays, temporary, metadata=metadata)
         except safetensors.SafetensorError as error:
@@ -59,6 +54,34 @@ def write_safetensors(arrays: dict[str, Tensor], path: str | os.PathLike[str], m
             raise ValueError(
                 f"this version of safetensors does not know {error}: pip install -U safetensors"
             ) from error
+
+
+@contextmanager
+def written_whole(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Let a block write a file that appears only when the block is done, or not at all.
+
+    Args:
+        path: Where to write. An existing file is replaced and keeps its permissions and the links to it; a new one gets
+            those of an ordinary new file.
+
+    Yields:
+        An empty file in the same folder to write to.
+
+    Raises:
+        OSError: If it cannot be written; an existing file is as before, as it is after any exception in the block.
+    """
+    target = Path(os.path.realpath(path))
+    temporary = target.with_name(f".{secrets.token_hex(8)}.tmp")
+    if not target.parent.is_dir():
+        raise FileNotFoundError(f"cannot write {os.fspath(path)!r}: there is no folder {os.fspath(target.parent)!r}")
+    if target.is_dir():
+        raise IsADirectoryError(f"cannot write {os.fspath(path)!r}: it is a folder")
+    try:
+        with open(temporary, "xb") as file:
+            mode = os.fstat(file.fileno()).st_mode
+        if target.exists():
+            mode = target.stat().st_mode
+        yield temporary
         # Some versions of safetensors leave a file that only its owner may read.
         os.chmod(temporary, stat.S_IMODE(mode))
         with open(temporary, "rb+") as file:

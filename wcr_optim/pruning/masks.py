@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-import secrets
 from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +12,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from wcr_optim.files import check_shape
+from wcr_optim.files import check_shape, written_whole
 from wcr_optim.pruning.patterns import chunks, slabs
 
 _FORMAT = "wcr_optim.masks"
@@ -123,14 +121,8 @@ class Masks(Mapping[str, Tensor]):
             "shapes": {name: list(shape) for name, shape in self._shapes.items()},
             "bits": torch.from_numpy(self._bits),
         }
-        target = Path(os.path.realpath(path))
-        temporary = target.with_name(f".{secrets.token_hex(8)}.tmp")
-        try:
-            with open(temporary, "xb") as file:
-                torch.save(content, file)
-            os.replace(temporary, target)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with written_whole(path) as temporary, open(temporary, "wb") as file:
+            torch.save(content, file)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Masks:

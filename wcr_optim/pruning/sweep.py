@@ -5,16 +5,15 @@ from __future__ import annotations
 import csv
 import io
 import os
-import secrets
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from wcr_optim.files import written_whole
 from wcr_optim.layout import as_dtensor, local
 from wcr_optim.parameters import unwrapped
 from wcr_optim.pruning.apply import check_writable, weights_restored
@@ -110,13 +109,8 @@ class SweepResult:
             writer.writerow(
                 [row.sparsity, row.pruned, row.total, *(row.metrics.get(name, "") for name in self.metrics)]
             )
-        target = Path(os.path.realpath(path))
-        temporary = target.with_name(f".{secrets.token_hex(8)}.tmp")
-        try:
+        with written_whole(path) as temporary:
             temporary.write_text(text.getvalue(), encoding="utf-8", newline="")
-            os.replace(temporary, target)
-        finally:
-            temporary.unlink(missing_ok=True)
 
     def plot(
         self,
