@@ -17,10 +17,11 @@ from torch import Tensor
 import wcr_optim
 from wcr_optim.checkpoints import prunable_names, read_checkpoint
 from wcr_optim.files import write_safetensors
-from wcr_optim.metrics import LARGEST, LayerConcentration, aligned, concentration
+from wcr_optim.metrics import LARGEST, LayerConcentration, concentration
 from wcr_optim.parameters import memory
 from wcr_optim.pruning.sparse_file import encoded_size, save_sparse
 from wcr_optim.pruning.threshold import check_sparsity, keep_masks
+from wcr_optim.tables import aligned
 
 _TOP = 0.05
 

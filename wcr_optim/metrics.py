@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from wcr_optim.layout import as_dtensor, flat
 from wcr_optim.parameters import Selector, prunable_weights
+from wcr_optim.tables import aligned
 
 TAIL_ENERGY = 3e-3
 """Share of the energy that a model is expected to lose without noticing; see `LayerConcentration.lossless_sparsity`."""
@@ -242,23 +243,3 @@ def _prunable_count(
         return int(counts.sum())
     spent = float(energies[full - 1]) if full else 0.0
     return int(counts[:full].sum()) + int((budget - spent) // means[full] ** 2)
-
-
-def aligned(rows: Sequence[Sequence[str]], rules: Sequence[int] = ()) -> str:
-    """Set a table in columns of equal width, the first one to the left, the others to the right.
-
-    Args:
-        rows: Cells, as many in every row.
-        rules: Rows before which to draw a line (default: ())
-
-    Returns:
-        Lines without a final newline.
-    """
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for i, (first, *rest) in enumerate(rows):
-        if i in rules:
-            lines.append("-" * (sum(widths) + 2 * len(rest)))
-        cells = (cell.rjust(width) for cell, width in zip(rest, widths[1:], strict=True))
-        lines.append("  ".join([first.ljust(widths[0]), *cells]).rstrip())
-    return "\n".join(lines)

@@ -162,6 +162,10 @@ class _Selection:
     ) -> None:
         if isinstance(entries, (str, re.Pattern, type, nn.Module, Tensor)):
             entries = (entries,)
+        if not isinstance(entries, Iterable):
+            raise TypeError(
+                f"{option} takes names, compiled patterns, module types, modules and parameters, got {entries!r}"
+            )
         modules = dict(model.named_modules(remove_duplicate=False))
         known = {*modules, *(site.name for site in sites)} - {""}
         self.names: set[str] = set()

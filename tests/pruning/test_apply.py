@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
-from wcr_optim.pruning import Masks, applied, apply_, magnitude_masks, sweep
+from wcr_optim.pruning import Masks, applied, apply_, magnitude_masks, report, sweep
 from wcr_optim.pruning.apply import weights_restored
 
 
@@ -261,3 +261,20 @@ def test_inference_tensors_are_pruned_where_they_can_be():
         masks = magnitude_masks(model, 0.5)
         apply_(model, masks)
     assert int((model[6].weight == 0).sum()) == int((~masks["6.weight"]).sum()) > 0
+
+
+def test_boolean_tensors_by_name_serve_as_masks():
+    model, other = network(), network()
+    other.load_state_dict(model.state_dict())
+    masks = magnitude_masks(model, 0.5)
+    plain = dict(masks)
+    assert report(model, plain) == report(model, masks)
+    with applied(model, plain):
+        inside = contents(model)
+    apply_(model, plain)
+    apply_(other, masks)
+    assert_holds(model, contents(other))
+    assert_holds(other, inside)
+    for wrong, message in ((0.5, "got 0.5"), ({"6.weight": torch.ones(4, 8)}, "must be a boolean tensor")):
+        with pytest.raises(TypeError, match=message):
+            apply_(model, wrong)

@@ -177,7 +177,7 @@ def test_table():
     assert lines == [
         "sparsity   kept  accuracy  loss",
         "     0 %  1,000    0.9877   0.1",
-        "  95.5 %     45       0.5      ",
+        "  95.5 %     45       0.5",
     ]
     assert str(example()) == example().table()
 
@@ -261,6 +261,11 @@ def test_metrics_with_a_graph():
     for form in (lambda loss: loss, lambda loss: {"loss": loss}):
         (value,) = sweep(model, lambda pruned, form=form: form(pruned(x).mean()), [0.5]).values()
         assert value == expected
+
+
+def test_a_single_sparsity_is_asked_for_as_a_list():
+    with pytest.raises(TypeError, match=r"sparsities must be a sequence of numbers, got 0\.5"):
+        sweep(network(), lambda pruned: 0.0, 0.5)
 
 
 def test_no_metrics_are_an_error():

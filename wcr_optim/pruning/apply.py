@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -12,11 +12,11 @@ from torch.nn.parameter import is_lazy
 
 from wcr_optim.layout import as_dtensor, local
 from wcr_optim.parameters import memory, refusal, unwrapped
-from wcr_optim.pruning.masks import Masks
+from wcr_optim.pruning.masks import Masks, as_masks
 from wcr_optim.pruning.shards import own_part
 
 
-def apply_(model: nn.Module, masks: Masks) -> None:
+def apply_(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
     """Set the pruned weights of a model to zero, in place.
 
     The parameters stay the same objects in the same memory; nothing is added to the model, so copies, checkpoints,
@@ -25,18 +25,20 @@ def apply_(model: nn.Module, masks: Masks) -> None:
 
     Args:
         model: The model; ``torch.compile`` and data-parallel wrappers around it are looked through.
-        masks: Masks of some or all of its parameters.
+        masks: Masks of some or all of its parameters, or boolean tensors by name, True where a weight is kept.
 
     Raises:
         ValueError: If the model has no parameter of a mask's name, a mask's shape is not its parameter's, or two masks
             name the same shared parameter, or a parameter cannot be written. No weight has been changed then.
+        TypeError: If a mask is not boolean.
     """
+    masks = as_masks(masks)
     for target in matched(model, masks):
         _zero(target, masks)
 
 
 @contextmanager
-def applied(model: nn.Module, masks: Masks) -> Iterator[None]:
+def applied(model: nn.Module, masks: Mapping[str, Tensor]) -> Iterator[None]:
     """Prune a model for the duration of a ``with`` block, and put back its exact weights at the end of it.
 
     Holds a copy of the masked parameters meanwhile.
@@ -52,6 +54,7 @@ def applied(model: nn.Module, masks: Masks) -> Iterator[None]:
         >>> with applied(model, magnitude_masks(model, 0.95)):
         ...     accuracy = evaluate(model)
     """
+    masks = as_masks(masks)
     targets = matched(model, masks)
     with weights_restored([target.parameter for target in targets]):
         for target in targets:

@@ -176,6 +176,19 @@ class Masks(Mapping[str, Tensor]):
             raise ValueError(f"more masks than the {len(self)} shapes")
 
 
+def as_masks(masks: Mapping[str, Tensor]) -> Masks:
+    """Return masks as they are, and boolean tensors by name as masks.
+
+    Raises:
+        TypeError: If it is neither.
+    """
+    if isinstance(masks, Masks):
+        return masks
+    if not isinstance(masks, Mapping):
+        raise TypeError(f"masks are given as Masks or as boolean tensors by parameter name, got {masks!r}")
+    return Masks(masks)
+
+
 def _places(shapes: Mapping[str, Iterable[int]]) -> dict[str, slice]:
     """Return the bytes that the masks of these shapes take, each beginning at a byte of its own."""
     places = {}

@@ -24,6 +24,7 @@ from wcr_optim.pruning.search import check_sparsity
 from wcr_optim.pruning.select import Selection, selected, weight_cuts, weight_keepers
 from wcr_optim.pruning.shards import own_part, whole
 from wcr_optim.pruning.threshold import Keeper, Scope
+from wcr_optim.tables import aligned
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -90,11 +91,7 @@ class SweepResult:
             + [f"{row.metrics[name]:.4g}" if name in row.metrics else "" for name in names]
             for row in self.rows
         ]
-        widths = [max(map(len, column)) for column in zip(head, *body, strict=True)]
-        lines = [
-            "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in [head, *body]
-        ]
-        return "\n".join(lines)
+        return aligned([head, *body], left=())
 
     def to_csv(self, path: str | os.PathLike[str]) -> None:
         """Write the result as CSV: sparsity, pruned, total and one column per metric, in full precision.
@@ -188,6 +185,8 @@ def sweep(
         >>> result = sweep(model, accuracy, [0, 0.5, 0.9, 0.95], calibration=train_batches)
         >>> print(result.table())
     """
+    if not isinstance(sparsities, Iterable):
+        raise TypeError(f"sparsities must be a sequence of numbers, got {sparsities!r}")
     sparsities = [check_sparsity(sparsity) for sparsity in sparsities]
     if not sparsities:
         raise ValueError("sparsities must name at least one sparsity to evaluate at")

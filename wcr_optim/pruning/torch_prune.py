@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -10,10 +10,10 @@ from torch.nn.utils import prune
 
 from wcr_optim.parameters import memory, unwrapped
 from wcr_optim.pruning.apply import matched
-from wcr_optim.pruning.masks import Masks
+from wcr_optim.pruning.masks import Masks, as_masks
 
 
-def to_torch_prune(model: nn.Module, masks: Masks) -> None:
+def to_torch_prune(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
     """Put masks on a model the way ``torch.nn.utils.prune`` does, in place.
 
     Every masked ``weight`` becomes a parameter ``weight_orig``, a buffer ``weight_mask`` and a hook that multiplies
@@ -28,6 +28,7 @@ def to_torch_prune(model: nn.Module, masks: Masks) -> None:
     """
     custom_from_mask: Callable[..., nn.Module] = prune.custom_from_mask
     model = unwrapped(model)
+    masks = as_masks(masks)
     for name, parameter in matched(model, masks):
         mask = masks[name].to(parameter.device)
         places = [
