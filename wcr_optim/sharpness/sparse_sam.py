@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from wcr_optim.layout import local
 from wcr_optim.pruning.threshold import keep_masks, pruned_count
-from wcr_optim.sharpness.checks import check_count, check_share
+from wcr_optim.sharpness.checks import check_count, check_share, refuse_complex
 from wcr_optim.sharpness.guards import RunningStatistics
 from wcr_optim.sharpness.slots import Slot
 from wcr_optim.sharpness.two_pass import TwoPass
@@ -73,7 +73,7 @@ class SparseSAM(TwoPass):
         scaler: As in `SAM` (default: None).
 
     Raises:
-        TypeError: As `SAM`.
+        TypeError: As `SAM`, or if a parameter of a Fisher mask is complex.
         ValueError: As `SAM`, if a share lies outside [0, 1], a count is below 1, or mask is unknown.
         RuntimeError: As `SAM`.
 
@@ -130,7 +130,7 @@ class SparseSAM(TwoPass):
             raise ValueError(f"update_mask() makes Fisher masks, and this is SparseSAM with mask={self.mask!r}")
         params = [p for group in self.param_groups for p in group["params"] if p.requires_grad]
         sums: dict[Tensor, Tensor] = {}
-        statistics = RunningStatistics(self.model)
+        statistics = RunningStatistics(self._norm_layers)
         try:
             with torch.enable_grad():
                 for loss in losses:
@@ -146,7 +146,7 @@ class SparseSAM(TwoPass):
         scores = [local(total) for total in sums.values()]
         if not all(bool(score.isfinite().all()) for score in scores):
             raise ValueError("a gradient of the losses is not finite; the mask stays as it is")
-        self._set_masks(list(sums), _largest(scores, self.sparsity))
+        self._set_masks(list(sums), _keep_largest(scores, self.sparsity))
 
     def update(self) -> None:
         """Let the base update the weights."""
@@ -195,7 +195,7 @@ class SparseSAM(TwoPass):
                 torch.zeros_like(local(p)) if total is None else local(total)
                 for p, total in zip(params, sums, strict=True)
             ]
-            self._set_masks(params, _largest(scores, self.sparsity))
+            self._set_masks(params, _keep_largest(scores, self.sparsity))
             for p, total in zip(params, sums, strict=True):
                 if self.update_freq is None:
                     self._fisher.drop(self, p)
@@ -232,7 +232,7 @@ class SparseSAM(TwoPass):
     def _start(self, params: Sequence[Tensor], step: int) -> list[Tensor]:
         generator = self._generator(step)
         scores = [torch.rand(local(p).shape, generator=generator).to(local(p).device) for p in params]
-        return _largest(scores, self.sparsity)
+        return _keep_largest(scores, self.sparsity)
 
     def _evolve(self, params: Sequence[Tensor], step: int) -> list[Tensor]:
         """Drop the perturbed entries with the smallest |g|, and take as many others at random."""
@@ -248,8 +248,8 @@ class SparseSAM(TwoPass):
         generator = self._generator(step)
         noise = [torch.rand(int((~mask).sum()), generator=generator).to(mask.device) for mask in masks]
         gradients = [torch.zeros_like(local(p)) if p.grad is None else local(p.grad) for p in params]
-        kept = _largest([g[mask] for g, mask in zip(gradients, masks, strict=True)], dropped / max(live, 1))
-        grown = _largest(noise, 1.0 - (wanted - (live - dropped)) / max(total - live, 1))
+        kept = _keep_largest([g[mask] for g, mask in zip(gradients, masks, strict=True)], dropped / max(live, 1))
+        grown = _keep_largest(noise, 1.0 - (wanted - (live - dropped)) / max(total - live, 1))
         for mask, keep, grow in zip(masks, kept, grown, strict=True):
             places, others = mask.clone(), ~mask
             mask[places] = keep
@@ -291,11 +291,16 @@ class SparseSAM(TwoPass):
         for group in self.param_groups:
             group[MADE] = True
 
+    def _check_group(self, group: Mapping[str, Any], index: int) -> None:
+        super()._check_group(group, index)
+        if self.mask == "fisher":
+            refuse_complex("a Fisher mask", group, index)
+
     def _describe(self) -> str:
         return f"sparsity={self.sparsity}, mask={self.mask!r}"
 
 
-def _largest(scores: Sequence[Tensor], sparsity: float) -> list[Tensor]:
+def _keep_largest(scores: Sequence[Tensor], sparsity: float) -> list[Tensor]:
     """Mark all but the share `sparsity` of scores of smallest magnitude, over all tensors together."""
     named: Mapping[str, Tensor] = {str(index): score for index, score in enumerate(scores)}
     return list(keep_masks(named, sparsity).values())

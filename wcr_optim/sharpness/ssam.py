@@ -34,7 +34,9 @@ class SSAM(OptimizerWrapper):
     and the base steps from w_t with g_t; ||.|| is over all parameters of all groups. The first step is unperturbed,
     and so is the one after gradients that are all zero. A step whose gradient is not finite leaves e as it is.
 
-    With a closure, step(closure) perturbs, runs it and leaves the true weights in place.
+    With a closure, step(closure) perturbs, runs it and leaves the true weights in place. The loss that it returns is
+    the one at w_t + e_t: there is no pass at w_t. An exception in it leaves w_t in place, bit for bit; e_t may then
+    differ in its last bits.
 
     Without one it is a plain swap for the base: backward(), step(), zero_grad(). For your own forward to see w + e,
     *the weights stay perturbed between steps*, and what evaluates, saves or edits them needs the true ones:
@@ -79,9 +81,8 @@ class SSAM(OptimizerWrapper):
     def __init__(self, base: Optimizer, rho: float = 0.05) -> None:
         check_base(type(self).__name__, base)
         self._kept = Slot("ssam")  # e where the true weights are in place, the true weights where they are not
-        self._stamps: dict[
-            Tensor, tuple[int, int]
-        ] = {}  # of perturbed weights, to notice that somebody else wrote them
+        # Of perturbed weights, to notice that somebody else wrote them.
+        self._stamps: dict[Tensor, tuple[int, int]] = {}
         self._gathered = False  # whether .grad holds a gradient that a closure left there
         self._norm = 0.0  # of the last gradient
         super().__init__(base, rho=rho, **{PERTURBED: False})
@@ -242,6 +243,11 @@ class SSAM(OptimizerWrapper):
     def _check_group(self, group: Mapping[str, Any], index: int) -> None:
         super()._check_group(group, index)
         check_rho(group, index)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the base's state_dict, which says whether the weights are perturbed."""
+        self._fill_options()  # which makes a rho that a schedule has set since a plain number
+        return super().state_dict()
 
     def __getstate__(self) -> dict[str, Any]:
         return super().__getstate__() | {"_stamps": {}}  # counted anew in the copies
