@@ -327,6 +327,7 @@ def test_truncated_files_give_an_error(capsys, tmp_path, state):
 def test_other_contents_are_refused(capsys, tmp_path):
     for content, message in {
         "a list": ([torch.ones(2)], "holds a list, not a state dict"),
+        "nothing": ({}, "it holds an empty dict"),
         "no tensors": ({"epoch": 3}, "it holds none, but epoch"),
         "a sparse tensor": ({"w": torch.eye(3).to_sparse()}, "'w' cannot be stored: layout torch.sparse_coo"),
         "masks": ({"w_orig": torch.ones(2, 2), "w_mask": torch.ones(2, 2)}, "torch.nn.utils.prune.remove"),

@@ -258,6 +258,15 @@ def test_wrappers_are_looked_through():
         assert len(param_groups(wrapped)[0]["params"]) == 2
 
 
+def test_names_of_parts_that_are_compiled_on_their_own():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model[1].compile(backend="eager")
+    assert list(prunable_weights(model)) == ["0.weight", "1.weight"]
+    model[0] = compiled(model[0])
+    assert list(prunable_weights(model)) == ["0._orig_mod.weight", "1.weight"]
+    assert prunable_weights(model).keys() <= model.state_dict().keys()
+
+
 # ------------------------------------------------------------------------------------------------ what cannot be pruned
 
 

@@ -177,7 +177,7 @@ def _state_dict(path: str, loaded: object, key: str | None) -> tuple[dict[str, T
         (chosen,) = inner
     if chosen is None:
         several = f"several, {_listed(inner)}; choose one with --key" if inner else f"none, but {_listed(loaded)}"
-        raise WeightFileError(f"{path!r} should hold one state dict; it holds {several}")
+        raise WeightFileError(f"{path!r} should hold one state dict; it holds {several if loaded else 'an empty dict'}")
     state, notices = _state_dict(path, inner[chosen], None)
     rest = [str(name) for name in loaded if name != chosen]
     return state, [f"read {chosen!r}" + (f", left out {_listed(rest)}" if rest else ""), *notices]

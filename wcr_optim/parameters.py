@@ -126,7 +126,9 @@ def param_groups(
 def unwrapped(model: nn.Module) -> nn.Module:
     """Return the module below ``torch.compile``, ``DataParallel`` and ``DistributedDataParallel``.
 
-    Names are then those of the plain model, whichever way it is run at the moment.
+    Names are then those of the plain model, whichever way it is run at the moment. A wrapper around a part of the model
+    stays, and its name with it, as in the state dict: ``torch.compile`` of the first layer alone gives the names
+    ``0._orig_mod.weight``; ``model[0].compile()``, which compiles in place, leaves ``0.weight``.
     """
     while True:
         if "_orig_mod" in model._modules:

@@ -79,8 +79,9 @@ def save_sparse(model: nn.Module | Mapping[str, Tensor], path: str | os.PathLike
 
     Kept is every element whose bit pattern is not zero, so that `load_sparse` restores the state bit for bit, ``-0.0``
     and NaN payloads included. Tensors that share their memory are stored once. Buffers, integers and dense tensors are
-    stored too; the file replaces the dense checkpoint. Fp32 matrices at 90 / 95 / 99 % sparsity take 0.125 / 0.063 /
-    0.013 of their dense bytes.
+    stored too; the file replaces the dense checkpoint. Large fp32 matrices at 90 / 95 / 99 % sparsity take 0.125 /
+    0.063 / 0.013 of their dense bytes. The header adds some 200 bytes to a file and 200 to 300 a tensor: at 95 %
+    a file stays below 0.09 of the dense bytes where its matrices have 64 x 64 weights or more.
 
     The file appears at ``path`` complete or not at all: it is written beside it and moved there.
 
