@@ -179,7 +179,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         help=f"comma-separated, of {','.join(METHODS)} (default: %(default)s)",
     )
     parser.add_argument("--base", choices=sorted(BASES), default="sgd", help="(default: %(default)s)")
-    parser.add_argument("--batch", type=int, default=32, help="images a step (default: %(default)s)")
+    parser.add_argument("--batch", type=int, default=64, help="images a step (default: %(default)s)")
     parser.add_argument("--width", type=int, default=64, help="channels of the first stage (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=20, help="measured steps of each method (default: %(default)s)")
     parser.add_argument("--warmup", type=int, default=3, help="steps before them (default: %(default)s)")

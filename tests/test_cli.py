@@ -88,6 +88,41 @@ def test_inspect_lists_every_tensor(capsys, checkpoint, state):
     assert total["dense_bytes"] == sum(row.get("dense_bytes", 0) for row in rows.values())
 
 
+def test_inspect_of_a_file_without_weights(capsys, tmp_path):
+    torch.save({"bias": torch.tensor([1.0, 0.0])}, tmp_path / "x.pt")
+    total = run_json(capsys, "inspect", tmp_path / "x.pt")["total"]
+    assert (total["prunable"], total["sparsity_of_prunable"], total["sparsity"]) == (0, 0, 0.5)
+    assert not {"top_energy", "lossless_sparsity"} & total.keys()
+    code, out, _ = run(capsys, "inspect", tmp_path / "x.pt")
+    assert code == 0
+    (line,) = [line for line in out.splitlines() if line.startswith("prunable weights")]
+    assert line.split() == ["prunable", "weights", "0", "0.0%"]
+
+
+@pytest.mark.parametrize("value", ["NaN", "inf"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_inspect_of_weights_that_are_not_finite(capsys, checkpoint, state, value, dtype):
+    sound = run_json(capsys, "inspect", checkpoint)
+    state["fc.weight"] = state["fc.weight"].to(dtype)
+    state["fc.weight"][0, :2] = torch.tensor([-float(value), 0.0])
+    torch.save(state, checkpoint)
+    result = run_json(capsys, "inspect", checkpoint)
+    for row, before in zip(result["tensors"], sound["tensors"], strict=True):
+        if row["name"] != "fc.weight":
+            assert row == before
+    (row,) = [row for row in result["tensors"] if row["name"] == "fc.weight"]
+    assert row["energy"] == value
+    assert row["sparsity"] == pytest.approx(1 / 640)
+    assert row["prunable"]
+    assert "top_energy" not in row
+    total = result["total"]
+    assert (total["prunable"], total["energy"]) == (TOTAL, value)
+    assert total["sparsity_of_prunable"] == pytest.approx(1 / TOTAL)
+    code, out, _ = run(capsys, "inspect", checkpoint)
+    assert code == 0
+    assert out.count(value) == 4
+
+
 def test_inspect_knows_every_dtype(capsys, tmp_path):
     tensors = {name: torch.tensor([[0, 1, 2, 0]]).to(dtype) for name, dtype in sparse_file._DTYPES.items()}
     save_sparse(tensors, tmp_path / "all.safetensors")
@@ -292,15 +327,67 @@ def test_truncated_files_give_an_error(capsys, tmp_path, state):
 def test_other_contents_are_refused(capsys, tmp_path):
     for content, message in {
         "a list": ([torch.ones(2)], "holds a list, not a state dict"),
+        "nothing": ({}, "it holds an empty dict"),
         "no tensors": ({"epoch": 3}, "it holds none, but epoch"),
         "a sparse tensor": ({"w": torch.eye(3).to_sparse()}, "'w' cannot be stored: layout torch.sparse_coo"),
         "masks": ({"w_orig": torch.ones(2, 2), "w_mask": torch.ones(2, 2)}, "torch.nn.utils.prune.remove"),
-        "NaN": ({"w": torch.full((2, 2), float("nan"))}, "w holds NaN"),
     }.values():
         torch.save(content, tmp_path / "x.pt")
         assert message in refused(capsys, "inspect", tmp_path / "x.pt")
     torch.save({"b": torch.ones(3)}, tmp_path / "x.pt")
     assert "no weights to prune" in refused(capsys, "prune", tmp_path / "x.pt", "--sparsity", "0.5")
+    torch.save({"w": torch.full((2, 2), float("nan"))}, tmp_path / "x.pt")
+    assert "w holds NaN" in refused(capsys, "prune", tmp_path / "x.pt", "--sparsity", "0.5")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"w": torch.zeros(1, 1).expand(2**20, 2**20)},
+        dict.fromkeys(map(str, range(300)), torch.zeros(2**10, 1).expand(2**10, 2**10)),
+    ],
+)
+@pytest.mark.parametrize("command", ["inspect", "expand"])
+def test_a_file_that_claims_more_than_it_stores_is_refused(capsys, tmp_path, command, content):
+    torch.save(content, tmp_path / "x.pt")
+    output = ["-o", tmp_path / "out.safetensors"] if command == "expand" else []
+    assert "bytes and its tensors claim" in refused(capsys, command, tmp_path / "x.pt", *output)
+    assert os.listdir(tmp_path) == ["x.pt"]
+
+
+def test_views_of_moderate_size_are_read(tmp_path):
+    view = torch.arange(64.0).expand(64, 64)
+    torch.save({"view": view, "other": view}, tmp_path / "x.pt")
+    state, _ = read_checkpoint(tmp_path / "x.pt")
+    assert same(state, {"view": view, "other": view})
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: ...")])
+def test_too_little_memory_is_an_error_of_its_own(capsys, checkpoint, monkeypatch, error):
+    def fails(*_):
+        raise error
+
+    monkeypatch.setattr(cli, "read_checkpoint", fails)
+    assert "does not fit into the memory" in refused(capsys, "inspect", checkpoint)
+
+
+def test_defects_are_not_taken_for_little_memory(checkpoint, monkeypatch):
+    def fails(*_):
+        raise RuntimeError("a defect")
+
+    monkeypatch.setattr(cli, "read_checkpoint", fails)
+    with pytest.raises(RuntimeError, match="a defect"):
+        cli.main(["inspect", str(checkpoint)])
+
+
+def test_lazily_negated_tensors_are_read(capsys, tmp_path):
+    weight = torch.randn(4, 4)
+    torch.save({"w": torch._neg_view(weight)}, tmp_path / "x.pt")
+    run_json(capsys, "inspect", tmp_path / "x.pt")
+    run_json(capsys, "expand", tmp_path / "x.pt", "-o", tmp_path / "out.safetensors")
+    assert torch.equal(safetensors.torch.load_file(tmp_path / "out.safetensors")["w"], -weight)
+    save_sparse({"w": torch._neg_view(weight)}, tmp_path / "sparse.safetensors")
+    assert torch.equal(read_sparse(tmp_path / "sparse.safetensors")["w"], -weight)
 
 
 # --------------------------------------------------------------------------------------------------- what is asked
@@ -381,6 +468,8 @@ def test_names_of_what_stays_dense():
         "fc.weight_scale",
         "q_proj.lora_A.default.weight",
         "q_proj.lora_B.default.weight",
+        "q_proj.lora_a.weight",
+        "to_q.lora.down.weight",
         weights=(
             "lm_head.weight",
             "patch_embed.proj.weight",

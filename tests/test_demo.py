@@ -43,3 +43,16 @@ def test_unknown_benchmark_is_named(capsys):
     assert "unknown benchmark 'dmeo'; choose one of demo" in capsys.readouterr().err
     assert benchmarks([]) == 0
     assert "demo" in capsys.readouterr().out
+
+
+def test_demo_runs_every_sharpness_aware_method_with_and_without_a_penalty(tmp_path, capfd):
+    methods = "sgd,sam,ssam,sparse_sam,cram"
+    arguments = ["--methods", methods, "--wcr", "both", "--forms", "wcr", "--epochs", "1", "--seeds", "1"]
+    assert benchmarks(["demo", *arguments, "--output", str(tmp_path)]) == 0
+    printed = capfd.readouterr().out
+    for label in ("SGD", "SAM", "SSAM", "SparseSAM", "CrAM+"):
+        for end in (" ", " + WCR"):
+            assert any(line.startswith(label + end) for line in printed.splitlines()), label + end
+    with (tmp_path / "demo.csv").open() as file:
+        methods_run = {row["method"] for row in csv.DictReader(file)}
+    assert methods_run == {f"{method}{end}" for method in methods.split(",") for end in ("", "+wcr")}

@@ -1,10 +1,11 @@
-"""Writing and reading safetensors files; most of it is tested through `wcr_optim.pruning.sparse_file`."""
+"""Files that appear whole or not at all, and safetensors; more of it is tested through `pruning.sparse_file`."""
 
 import pytest
 import safetensors.torch
 import torch
 
-from wcr_optim.files import WeightFileError, read_safetensors, write_safetensors
+from wcr_optim.files import WeightFileError, read_safetensors, write_safetensors, written_whole
+from wcr_optim.pruning import Masks, SweepResult, SweepRow
 
 
 def test_metadata_and_arrays(tmp_path):
@@ -40,3 +41,50 @@ def test_a_file_that_may_not_be_read_is_no_damaged_file(tmp_path, monkeypatch):
     path.write_bytes(b"x")
     with pytest.raises(WeightFileError, match="not a sound safetensors file"):
         read_safetensors(path)
+
+
+WRITERS = {
+    "safetensors": lambda path: write_safetensors({"a": torch.ones(2)}, path, {}),
+    "masks": Masks({"w": torch.ones(2, 2, dtype=torch.bool)}).save,
+    "table": SweepResult((SweepRow(0.5, 1, 2, {"score": 1.0}),), "global", False).to_csv,
+}
+
+
+@pytest.mark.parametrize("kind", list(WRITERS))
+def test_a_place_that_cannot_be_written_is_named(tmp_path, kind):
+    with pytest.raises(FileNotFoundError, match=r"missing/out': there is no folder"):
+        WRITERS[kind](tmp_path / "missing" / "out")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(IsADirectoryError, match=r"folder': it is a folder"):
+        WRITERS[kind](tmp_path / "folder")
+    assert [path.name for path in tmp_path.rglob("*")] == ["folder"]
+
+
+@pytest.mark.parametrize("kind", list(WRITERS))
+def test_permissions_of_files(tmp_path, kind):
+    ordinary = tmp_path / "ordinary"
+    ordinary.touch()
+    WRITERS[kind](tmp_path / "new")
+    assert (tmp_path / "new").stat().st_mode == ordinary.stat().st_mode
+    ordinary.chmod(0o640)
+    (tmp_path / "link").symlink_to(ordinary)
+    WRITERS[kind](tmp_path / "link")
+    assert (tmp_path / "link").is_symlink()
+    assert ordinary.stat().st_mode & 0o777 == 0o640
+    assert ordinary.read_bytes() == (tmp_path / "new").read_bytes()
+
+
+@pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
+def test_an_interrupted_block_leaves_the_old_file(tmp_path, error):
+    path = tmp_path / "x"
+    path.write_bytes(b"old")
+
+    def interrupted():
+        with written_whole(path) as temporary:
+            temporary.write_bytes(b"half")
+            raise error
+
+    with pytest.raises(error):
+        interrupted()
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]

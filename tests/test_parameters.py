@@ -258,6 +258,15 @@ def test_wrappers_are_looked_through():
         assert len(param_groups(wrapped)[0]["params"]) == 2
 
 
+def test_names_of_parts_that_are_compiled_on_their_own():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model[1].compile(backend="eager")
+    assert list(prunable_weights(model)) == ["0.weight", "1.weight"]
+    model[0] = compiled(model[0])
+    assert list(prunable_weights(model)) == ["0._orig_mod.weight", "1.weight"]
+    assert prunable_weights(model).keys() <= model.state_dict().keys()
+
+
 # ------------------------------------------------------------------------------------------------ what cannot be pruned
 
 
@@ -273,6 +282,23 @@ def lora_of_loralib():
     layer = nn.Linear(4, 4)
     layer.lora_A = nn.Parameter(torch.zeros(2, 4))
     layer.lora_B = nn.Parameter(torch.zeros(4, 2))
+    return layer
+
+
+def lora_of_torchtune():
+    layer = nn.Module()
+    layer.weight = nn.Parameter(torch.zeros(4, 4))
+    layer.lora_a = nn.Linear(4, 2, bias=False)
+    layer.lora_b = nn.Linear(2, 4, bias=False)
+    return layer
+
+
+def lora_of_diffusers():
+    layer = nn.Module()
+    layer.linear = nn.Linear(4, 4)
+    layer.lora = nn.Module()
+    layer.lora.lora_down = nn.Linear(4, 2, bias=False)
+    layer.lora.lora_up = nn.Linear(2, 4, bias=False)
     return layer
 
 
@@ -297,6 +323,8 @@ REFUSED = {
     "pruned by torch": (pruned_by_torch, "from_torch_prune"),
     "lora of peft": (lora_of_peft, "merge the adapter first"),
     "lora of loralib": (lora_of_loralib, "merge the adapter first"),
+    "lora of torchtune": (lora_of_torchtune, "merge the adapter first"),
+    "lora of diffusers": (lora_of_diffusers, "merge the adapter first"),
 }
 
 
@@ -307,6 +335,8 @@ def test_what_has_no_magnitude_of_its_own_is_refused(case):
     with pytest.raises(ValueError, match=re.escape(message)) as error:
         prunable_weights(model)
     assert str(error.value).startswith("0.")
+    (advice,) = re.findall(r"exclude=\['(.*)'\]", str(error.value)) or ["0"]
+    assert list(prunable_weights(model, exclude=advice)) == ["1.weight"]
     if any(parameter.requires_grad for parameter in model[0].parameters()):
         with pytest.raises(ValueError, match=re.escape(message)):
             param_groups(model)
@@ -318,6 +348,40 @@ def test_the_way_out_works():
     nn.utils.parametrize.remove_parametrizations(model[0], "weight")
     prune.remove(model[1], "weight")
     assert list(prunable_weights(model)) == ["0.weight", "1.weight"]
+
+
+def test_names_that_only_resemble_an_adapter():
+    model = nn.ModuleDict({"flora": nn.Linear(2, 2), "explora_tion": nn.Linear(2, 2), "lorax": nn.Linear(2, 2)})
+    assert len(prunable_weights(model)) == 3
+
+
+@pytest.mark.parametrize(
+    "part", [lambda w: w[:4], lambda w: w[2:5], lambda w: w.t(), lambda w: w[:, :3], lambda w: w.view(4, 12)]
+)
+@pytest.mark.parametrize("first", ["whole", "part"])
+def test_weights_that_overlap_in_memory_are_refused(part, first):
+    whole = nn.Parameter(torch.randn(6, 8))
+    names = ["whole", "part"] if first == "whole" else ["part", "whole"]
+    held = {"whole": whole, "part": nn.Parameter(part(whole.data))}
+    model = nn.Module()
+    for name in names:
+        model.register_parameter(name, held[name])
+    for select in (prunable_weights, param_groups):
+        with pytest.raises(ValueError, match="overlap in memory without being equal") as error:
+            select(model)
+        assert re.search(r"\bwhole\b.*\bpart\b|\bpart\b.*\bwhole\b", str(error.value))
+        with pytest.raises(ValueError, match="overlap in memory"):
+            select(model, exclude="part")
+    assert not prunable_weights(model, exclude=names)
+
+
+def test_parts_of_one_memory_side_by_side_are_no_overlap():
+    whole = torch.randn(6, 8)
+    model = nn.Module()
+    model.left, model.right = nn.Parameter(whole[:, :4]), nn.Parameter(whole[:, 4:])
+    other = torch.randn(5, 4)
+    model.upper, model.lower = nn.Parameter(other[:2]), nn.Parameter(other[2:])
+    assert list(prunable_weights(model)) == ["left", "right", "upper", "lower"]
 
 
 def test_integer_weights_are_refused_as_quantized():

@@ -14,10 +14,15 @@ import torch
 from torch import Tensor
 
 from wcr_optim.files import WeightFileError, read_safetensors
-from wcr_optim.parameters import DTYPES
+from wcr_optim.parameters import DTYPES, LORA, memory
 from wcr_optim.pruning import sparse_file
 
 PICKLES = (".pt", ".pth", ".bin")
+
+# Views of one stored tensor can claim any number of elements in a file of a few bytes. Real checkpoints come near their
+# own size, or to a few times of it where layers share their weights under several names.
+_BYTES_PER_BYTE = 64
+_ALWAYS_ALLOWED = 2**28
 
 # What training scripts call the model's part of a checkpoint, most specific first.
 _STATE_KEYS = ("state_dict", "model_state_dict", "model_state", "model", "module", "net", "network", "params")
@@ -36,7 +41,8 @@ def read_checkpoint(path: str | os.PathLike[str], key: str | None = None) -> tup
 
     A ``.safetensors`` file may be dense or of `wcr_optim.pruning.save_sparse`. A ``.pt``, ``.pth`` or ``.bin`` file is
     read by ``torch.load(weights_only=True)``, which builds tensors and plain containers and runs no code; a state dict
-    inside a dict of a training script is found.
+    inside a dict of a training script is found. Its tensors may take 64 times the file's bytes together, and at least
+    2**28 bytes: more than that, claimed by views of few stored numbers, no training script writes.
 
     Args:
         path: The file.
@@ -46,8 +52,8 @@ def read_checkpoint(path: str | os.PathLike[str], key: str | None = None) -> tup
         CPU tensors by name, those that share memory in the file still sharing it, and notices of what was left out.
 
     Raises:
-        WeightFileError: If the file is damaged, of an unknown kind, holds objects that only code could rebuild, or
-            holds no state dict or several.
+        WeightFileError: If the file is damaged, of an unknown kind, holds objects that only code could rebuild,
+            holds no state dict or several, or claims more than it stores.
         ValueError: If a tensor is of a kind that `wcr_optim.pruning.save_sparse` cannot store.
         OSError: If it cannot be read.
         ImportError: If it is a safetensors file and safetensors is not installed.
@@ -90,7 +96,7 @@ def prunable_names(state: Mapping[str, Tensor], exclude: Iterable[str] = ()) -> 
                 "and save again"
             )
         if tensor.ndim >= 2 and tensor.dtype in DTYPES and tensor.numel():
-            names.setdefault(sparse_file.memory(tensor), []).append(name)
+            names.setdefault(memory(tensor), []).append(name)
     return [
         places[0]
         for places in names.values()
@@ -101,7 +107,7 @@ def prunable_names(state: Mapping[str, Tensor], exclude: Iterable[str] = ()) -> 
 def _named_dense(name: str) -> bool:
     parts = name.split(".")
     own = parts[-2] if len(parts) > 1 and parts[-1] == "weight" else parts[-1]
-    return _DENSE_NAME.search(own) is not None or any(part.startswith("lora_") for part in parts)
+    return _DENSE_NAME.search(own) is not None or any(LORA.search(part) for part in parts)
 
 
 def _read(path: str | os.PathLike[str], key: str | None) -> tuple[dict[str, Tensor], list[str]]:
@@ -119,7 +125,21 @@ def _read(path: str | os.PathLike[str], key: str | None) -> tuple[dict[str, Tens
         raise WeightFileError(f"{os.fspath(path)!r} is not a regular file")
     with open(path, "rb"):  # the usual OSError if it may not be read
         pass
-    return _state_dict(os.fspath(path), _unpickled(path), key)
+    state, notices = _state_dict(os.fspath(path), _unpickled(path), key)
+    _check_size(path, state)
+    return state, notices
+
+
+def _check_size(path: str | os.PathLike[str], state: Mapping[str, Tensor]) -> None:
+    # Every name counts, as a dense file gets a copy for each.
+    claimed = {name: t.numel() * t.element_size() for name, t in state.items() if t.layout is torch.strided}
+    allowed = max(_ALWAYS_ALLOWED, _BYTES_PER_BYTE * os.path.getsize(path))
+    if sum(claimed.values()) > allowed:
+        largest = max(claimed, key=claimed.__getitem__)
+        raise WeightFileError(
+            f"refused {os.fspath(path)!r}: it has {os.path.getsize(path)} bytes and its tensors claim "
+            f"{sum(claimed.values())}, of which {largest!r} {claimed[largest]}; store its tensors with contiguous()"
+        )
 
 
 def _unpickled(path: str | os.PathLike[str]) -> object:
@@ -157,7 +177,7 @@ def _state_dict(path: str, loaded: object, key: str | None) -> tuple[dict[str, T
         (chosen,) = inner
     if chosen is None:
         several = f"several, {_listed(inner)}; choose one with --key" if inner else f"none, but {_listed(loaded)}"
-        raise WeightFileError(f"{path!r} should hold one state dict; it holds {several}")
+        raise WeightFileError(f"{path!r} should hold one state dict; it holds {several if loaded else 'an empty dict'}")
     state, notices = _state_dict(path, inner[chosen], None)
     rest = [str(name) for name in loaded if name != chosen]
     return state, [f"read {chosen!r}" + (f", left out {_listed(rest)}" if rest else ""), *notices]

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,11 @@ from torch import Tensor
 import wcr_optim
 from wcr_optim.checkpoints import prunable_names, read_checkpoint
 from wcr_optim.files import write_safetensors
-from wcr_optim.metrics import LayerConcentration, aligned, concentration
-from wcr_optim.pruning.sparse_file import encoded_size, memory, save_sparse
+from wcr_optim.metrics import LARGEST, LayerConcentration, concentration
+from wcr_optim.parameters import memory
+from wcr_optim.pruning.sparse_file import encoded_size, save_sparse
 from wcr_optim.pruning.threshold import check_sparsity, keep_masks
+from wcr_optim.tables import aligned
 
 _TOP = 0.05
 
@@ -27,7 +30,8 @@ Look at a checkpoint, prune it by magnitude, and store it in a small file or a d
 
 FILE is .safetensors, dense or sparse, or a .pt, .pth or .bin of torch.save that holds tensors and plain containers
 only; nothing in it is ever executed. Which tensors are weights is told by name and shape: floating-point matrices whose
-name does not speak of a bias, a norm, an embedding, a table, a mask, scales or a low-rank adapter."""
+name does not speak of a bias, a norm, an embedding, a table, a mask, scales or a low-rank adapter. Names of one and the
+same tensor stay tied in a sparse file; tensors that overlap in memory otherwise become separate ones."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -51,6 +55,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, TypeError, OSError, ImportError) as error:
         print(f"wcr-optim: error: {error}", file=sys.stderr)
+        return 2
+    except (MemoryError, RuntimeError) as error:
+        # torch has no type of its own for a failed allocation on the CPU.
+        if not isinstance(error, MemoryError) and "allocate memory" not in str(error):
+            raise
+        print(f"wcr-optim: error: {options.file!r} does not fit into the memory", file=sys.stderr)
         return 2
     return 0
 
@@ -104,7 +114,9 @@ def _parser() -> argparse.ArgumentParser:
 
 def _inspect(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     state = _read(options)
-    measured = concentration({name: state[name] for name in prunable_names(state, options.exclude)}, top=(_TOP,))
+    weights = prunable_names(state, options.exclude)
+    endless = {name: kind for name in weights if (kind := _endless(state[name]))}
+    measured = concentration({name: state[name] for name in weights if name not in endless}, top=(_TOP,))
     layers = {layer.name: layer for layer in measured.layers}
     rows: list[dict[str, Any]] = []
     owners: dict[tuple[object, ...], str] = {}
@@ -114,37 +126,46 @@ def _inspect(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
             "name": name,
             "shape": list(tensor.shape),
             "dtype": _dtype(tensor),
-            "prunable": name in layers,
+            "prunable": name in weights,
         }
         if owner != name:
             rows.append({**row, "same_as": owner})
             continue
-        sparsity = 1.0 - _nonzero(tensor) / tensor.numel() if tensor.numel() else 0.0
         encoding, size = encoded_size(tensor)
         rows.append(
             {
                 **row,
-                "sparsity": sparsity,
+                "sparsity": 1.0 - _nonzero(tensor) / tensor.numel() if tensor.numel() else 0.0,
                 **(_energy(layers[name]) if name in layers else {}),
+                **({"energy": endless[name]} if name in endless else {}),
                 "dense_bytes": tensor.nbytes,
                 "sparse_bytes": size,
                 "encoding": encoding,
             }
         )
+    total = _total(state, rows)
+    if endless:
+        total["energy"] = "NaN" if "NaN" in endless.values() else "inf"
+    elif weights:
+        total |= _energy(measured.total)
+    result = {"file": options.file, "tail_energy": measured.tail_energy, "tensors": rows, "total": total}
+    return result, _inspection(result)
+
+
+def _total(state: Mapping[str, Tensor], rows: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     owned = [row for row in rows if "same_as" not in row]
-    elements = sum(state[row["name"]].numel() for row in owned)
-    zeros = sum(row["sparsity"] * state[row["name"]].numel() for row in owned)
-    total = {
-        "elements": elements,
-        "sparsity": zeros / max(1, elements),
-        "prunable": measured.total.weights,
-        "sparsity_of_prunable": 1.0 - measured.total.nonzero / max(1, measured.total.weights),
-        **_energy(measured.total),
+    sizes = {row["name"]: state[row["name"]].numel() for row in owned}
+    zeros = {row["name"]: row["sparsity"] * sizes[row["name"]] for row in owned}
+    weights = [row["name"] for row in owned if row["prunable"]]
+    prunable = sum(sizes[name] for name in weights)
+    return {
+        "elements": sum(sizes.values()),
+        "sparsity": sum(zeros.values()) / max(1, sum(sizes.values())),
+        "prunable": prunable,
+        "sparsity_of_prunable": sum(zeros[name] for name in weights) / max(1, prunable),
         "dense_bytes": sum(row["dense_bytes"] for row in owned),
         "sparse_bytes": sum(row["sparse_bytes"] for row in owned),
     }
-    result = {"file": options.file, "tail_energy": measured.tail_energy, "tensors": rows, "total": total}
-    return result, _inspection(result)
 
 
 def _prune(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
@@ -242,7 +263,7 @@ def _inspection(result: Mapping[str, Any]) -> str:
     total = result["total"]
     weights = {**total, "sparsity": total["sparsity_of_prunable"]}
     rows.append(["prunable weights", f"{total['prunable']:,}", "", *_cells(weights)[:3], "", ""])
-    rest = {key: value for key, value in total.items() if not key.startswith(("top", "lossless"))}
+    rest = {key: value for key, value in total.items() if not key.startswith(("top", "lossless", "energy"))}
     rows.append(["all tensors", f"{total['elements']:,}", "", *_cells(rest)])
     legend = (
         f"top {100 * _TOP:g} %: share of the energy in the largest {100 * _TOP:g} % of the weights; lossless: largest\n"
@@ -253,6 +274,8 @@ def _inspection(result: Mapping[str, Any]) -> str:
 
 def _cells(row: Mapping[str, Any]) -> list[str]:
     shares = [f"{row[key]:.1%}" if key in row else "" for key in ("sparsity", "top_energy", "lossless_sparsity")]
+    if "energy" in row:
+        shares[1:] = [row["energy"]] * 2
     return [*shares, _size(row["dense_bytes"]), _size(row["sparse_bytes"])]
 
 
@@ -277,6 +300,12 @@ def _pruning(result: Mapping[str, Any]) -> str:
 
 def _energy(layer: LayerConcentration) -> dict[str, float]:
     return {"top_energy": layer.top[_TOP], "lossless_sparsity": layer.lossless_sparsity}
+
+
+def _endless(tensor: Tensor) -> str | None:
+    """Say what keeps the energy of a tensor from being a number, if anything does."""
+    largest = float(tensor.abs().max())
+    return "NaN" if math.isnan(largest) else "inf" if largest >= LARGEST else None
 
 
 def _nonzero(tensor: Tensor) -> int:

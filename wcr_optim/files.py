@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import secrets
 import stat
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,20 @@ from torch import Tensor
 
 class WeightFileError(ValueError):
     """The file is damaged or of another kind, or it does not fit the model that it was to be loaded into."""
+
+
+def check_shape(name: str, shape: Sequence[int]) -> None:
+    """Raise ValueError unless a shape that a file claims is one that a tensor can have.
+
+    Args:
+        name: What to call it in the message.
+        shape: Extents of at least 0.
+    """
+    product = 1
+    for extent in shape:
+        product *= max(extent, 1)  # strides are computed from the other extents even where one is zero
+        if product >= 2**63:
+            raise ValueError(f"{name} has a shape of more elements than 64 bits can count")
 
 
 def write_safetensors(arrays: dict[str, Tensor], path: str | os.PathLike[str], metadata: dict[str, str]) -> None:
@@ -29,13 +45,7 @@ def write_safetensors(arrays: dict[str, Tensor], path: str | os.PathLike[str], m
         ImportError: If safetensors is not installed.
     """
     safetensors = _safetensors()
-    target = Path(os.path.realpath(path))
-    temporary = target.with_name(f".{secrets.token_hex(8)}.tmp")
-    try:
-        with open(temporary, "xb") as file:
-            mode = os.fstat(file.fileno()).st_mode
-        if target.exists():
-            mode = target.stat().st_mode
+    with written_whole(path) as temporary:
         try:
             safetensors.torch.save_file(arrays, temporary, metadata=metadata)
         except safetensors.SafetensorError as error:
@@ -44,6 +54,34 @@ def write_safetensors(arrays: dict[str, Tensor], path: str | os.PathLike[str], m
             raise ValueError(
                 f"this version of safetensors does not know {error}: pip install -U safetensors"
             ) from error
+
+
+@contextmanager
+def written_whole(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Let a block write a file that appears only when the block is done, or not at all.
+
+    Args:
+        path: Where to write. An existing file is replaced and keeps its permissions and the links to it; a new one gets
+            those of an ordinary new file.
+
+    Yields:
+        An empty file in the same folder to write to.
+
+    Raises:
+        OSError: If it cannot be written; an existing file is as before, as it is after any exception in the block.
+    """
+    target = Path(os.path.realpath(path))
+    temporary = target.with_name(f".{secrets.token_hex(8)}.tmp")
+    if not target.parent.is_dir():
+        raise FileNotFoundError(f"cannot write {os.fspath(path)!r}: there is no folder {os.fspath(target.parent)!r}")
+    if target.is_dir():
+        raise IsADirectoryError(f"cannot write {os.fspath(path)!r}: it is a folder")
+    try:
+        with open(temporary, "xb") as file:
+            mode = os.fstat(file.fileno()).st_mode
+        if target.exists():
+            mode = target.stat().st_mode
+        yield temporary
         # Some versions of safetensors leave a file that only its owner may read.
         os.chmod(temporary, stat.S_IMODE(mode))
         with open(temporary, "rb+") as file:

@@ -18,9 +18,13 @@ from torch import Tensor, nn
 
 from wcr_optim.layout import as_dtensor, flat
 from wcr_optim.parameters import Selector, prunable_weights
+from wcr_optim.tables import aligned
 
 TAIL_ENERGY = 3e-3
 """Share of the energy that a model is expected to lose without noticing; see `LayerConcentration.lossless_sparsity`."""
+
+LARGEST = 1e300
+"""Magnitudes are measured below this, so that sums of them stay finite."""
 
 _DENSITIES = tuple(float(density) for density in np.logspace(-4, 0, 161))
 _CHUNK = 2**20
@@ -193,7 +197,7 @@ def _magnitudes(name: str, tensor: Tensor) -> Iterator[npt.NDArray[np.float64]]:
     for chunk in torch.split(flat(tensor.detach()), _CHUNK):
         magnitudes: npt.NDArray[np.float64] = chunk.to("cpu", torch.float64).abs().numpy()
         if magnitudes.size:
-            if not magnitudes.max() < 1e300:  # so that sums of them stay finite, too
+            if not magnitudes.max() < LARGEST:
                 raise ValueError(f"{name} holds NaN, infinity or the like: repair the weights before measuring them")
             yield magnitudes
 
@@ -239,23 +243,3 @@ def _prunable_count(
         return int(counts.sum())
     spent = float(energies[full - 1]) if full else 0.0
     return int(counts[:full].sum()) + int((budget - spent) // means[full] ** 2)
-
-
-def aligned(rows: Sequence[Sequence[str]], rules: Sequence[int] = ()) -> str:
-    """Set a table in columns of equal width, the first one to the left, the others to the right.
-
-    Args:
-        rows: Cells, as many in every row.
-        rules: Rows before which to draw a line (default: ())
-
-    Returns:
-        Lines without a final newline.
-    """
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for i, (first, *rest) in enumerate(rows):
-        if i in rules:
-            lines.append("-" * (sum(widths) + 2 * len(rest)))
-        cells = (cell.rjust(width) for cell, width in zip(rest, widths[1:], strict=True))
-        lines.append("  ".join([first.ljust(widths[0]), *cells]).rstrip())
-    return "\n".join(lines)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -19,13 +19,16 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from wcr_optim.layout import as_dtensor
+from wcr_optim.layout import as_dtensor, in_memory_order
 
 Selector: TypeAlias = "str | re.Pattern[str] | type[nn.Module] | nn.Module | Tensor"
 """One entry of ``exclude`` or ``include``: a dotted name, a pattern, a module type, a module or a parameter."""
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 """The dtypes of weights that can be ranked by magnitude."""
+
+LORA = re.compile(r"^lora(_|$)", re.IGNORECASE)
+"""What the factors of a low-rank adapter, or the modules that hold them, are called."""
 
 _NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 _EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
@@ -62,8 +65,8 @@ def prunable_weights(
 
     Raises:
         ValueError: If an entry matches nothing in the model, or if a weight cannot be pruned by its magnitude: lazy,
-            on the meta device, sparse, complex, quantized, parametrized, under ``torch.nn.utils.prune``, or adapted
-            (LoRA and its kin). The message says what to do.
+            on the meta device, sparse, complex, quantized, parametrized, under ``torch.nn.utils.prune``, adapted
+            (LoRA and its kin), or a part of another parameter's memory. The message says what to do.
         TypeError: If an entry is of no known form.
     """
     return _select(unwrapped(model), exclude, include, trainable_only=False)
@@ -123,7 +126,9 @@ def param_groups(
 def unwrapped(model: nn.Module) -> nn.Module:
     """Return the module below ``torch.compile``, ``DataParallel`` and ``DistributedDataParallel``.
 
-    Names are then those of the plain model, whichever way it is run at the moment.
+    Names are then those of the plain model, whichever way it is run at the moment. A wrapper around a part of the model
+    stays, and its name with it, as in the state dict: ``torch.compile`` of the first layer alone gives the names
+    ``0._orig_mod.weight``; ``model[0].compile()``, which compiles in place, leaves ``0.weight``.
     """
     while True:
         if "_orig_mod" in model._modules:
@@ -159,6 +164,10 @@ class _Selection:
     ) -> None:
         if isinstance(entries, (str, re.Pattern, type, nn.Module, Tensor)):
             entries = (entries,)
+        if not isinstance(entries, Iterable):
+            raise TypeError(
+                f"{option} takes names, compiled patterns, module types, modules and parameters, got {entries!r}"
+            )
         modules = dict(model.named_modules(remove_duplicate=False))
         known = {*modules, *(site.name for site in sites)} - {""}
         self.names: set[str] = set()
@@ -256,7 +265,7 @@ def _select(
     included = None if include is None else _Selection(include, model, sites, "include")
     shared: dict[object, list[_Site]] = {}
     for site in sites:
-        shared.setdefault(_identity(site.parameter), []).append(site)
+        shared.setdefault(memory(site.parameter), []).append(site)
     selected: dict[str, nn.Parameter] = {}
     for places in shared.values():
         parameter = places[0].parameter
@@ -276,21 +285,54 @@ def _select(
         if parameter.ndim < 2 or (not direct and any(_left_dense(site) for site in places)):
             continue
         for site in places:
-            reason = refusal(site.owner, site.own_name) or _adapter(site) or _unrankable(parameter)
-            if reason:
-                raise ValueError(f"{site.name} {reason}, or leave it out: exclude=[{site.name!r}]")
+            for reason, whole in (_reparametrized(site), _adapter(site), (_unrankable(parameter), "")):
+                if reason:
+                    raise ValueError(f"{site.name} {reason}, or leave it out: exclude=[{whole or site.name!r}]")
         selected[places[0].name] = parameter
+    _refuse_overlaps((places[0] for places in shared.values()), selected)
     if not trainable_only:
         _refuse_packed(model, excluded, included)
     return selected
 
 
-def _identity(parameter: nn.Parameter) -> object:
-    """Equal for parameters that are the same memory seen the same way, as after ``a.data = b.data``."""
-    plain = type(parameter) is nn.Parameter and parameter.layout is torch.strided and parameter.device.type != "meta"
-    if not plain or parameter.numel() == 0:
-        return id(parameter)
-    return parameter.device, parameter.dtype, parameter.data_ptr(), parameter.shape, parameter.stride()
+def memory(tensor: Tensor) -> tuple[object, ...]:
+    """Return a key that is equal for tensors which are one and the same memory, read in the same way.
+
+    Such are the names of a tied weight in a state dict, and two parameters after ``a.data = b.data``. A tensor whose
+    memory cannot be told is equal to itself alone.
+    """
+    if not _has_address(tensor):
+        return (id(tensor),)
+    return tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), tensor.is_neg()
+
+
+def _has_address(tensor: Tensor) -> bool:
+    plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided and not tensor.is_meta
+    return plain and tensor.numel() > 0  # all empty tensors have the address 0
+
+
+def _refuse_overlaps(sites: Iterable[_Site], selected: Container[str]) -> None:
+    """Refuse a weight that is only a part of another parameter, or another one read in another order."""
+    spans = []
+    for site in sites:
+        parameter = site.parameter
+        if _has_address(parameter):
+            steps = zip(parameter.shape, parameter.stride(), strict=True)
+            end = parameter.data_ptr() + (1 + sum((n - 1) * step for n, step in steps)) * parameter.element_size()
+            # Where there are gaps, another one may lie in them: as the columns of one matrix in two parameters.
+            gaps = not in_memory_order(parameter).is_contiguous()
+            spans.append((str(parameter.device), parameter.data_ptr(), gaps, end, site.name))
+    device, reach, owner = "", 0, ""
+    for span in sorted(spans):
+        if span[0] != device:
+            device, reach = span[0], 0
+        if span[1] < reach and (span[4] in selected or owner in selected):
+            raise ValueError(
+                f"{owner} and {span[4]} overlap in memory without being equal, so that pruning one of them changes the "
+                f"other: give each a copy of its own, or leave both out: exclude=[{owner!r}, {span[4]!r}]"
+            )
+        if not span[2] and span[3] > reach:
+            reach, owner = span[3], span[4]
 
 
 def _left_dense(site: _Site) -> bool:
@@ -325,18 +367,24 @@ def refusal(owner: nn.Module, own_name: str) -> str | None:
     return None
 
 
-def _adapter(site: _Site) -> str | None:
-    # By attributes, so that peft need not be installed: its layers have a base_layer that adapters merge into, others
-    # (loralib) hold the two factors beside the weight.
-    for _, module in site.path:
-        if (hasattr(module, "lora_A") and hasattr(module, "lora_B")) or (
-            hasattr(module, "base_layer") and hasattr(module, "merge")
-        ):
-            return (
+def _reparametrized(site: _Site) -> tuple[str | None, str]:
+    """Return the refusal and the layer, as excluding one of its factors would only have the next one refused."""
+    inside = isinstance(site.owner, nn.utils.parametrize.ParametrizationList)
+    return refusal(site.owner, site.own_name), site.path[-3 if inside else -1][0]
+
+
+def _adapter(site: _Site) -> tuple[str | None, str]:
+    # By names, so that nothing need be installed: layers of peft have a base_layer that adapters merge into, others
+    # (loralib, torchtune, diffusers) hold the factors or their layers beside the weight.
+    for name, module in site.path:
+        held = (*module._modules, *module._parameters)
+        if any(LORA.search(own) for own in held) or (hasattr(module, "base_layer") and hasattr(module, "merge")):
+            reason = (
                 "belongs to a low-rank adapter, and pruning acts on the sum of weight and adapter: "
                 "merge the adapter first (merge_and_unload() in peft)"
             )
-    return None
+            return reason, name
+    return None, ""
 
 
 def _unrankable(parameter: nn.Parameter) -> str | None:

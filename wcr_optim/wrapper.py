@@ -138,9 +138,15 @@ class OptimizerWrapper(Optimizer):
             self.update()
             return None
         self._check_options()  # of all levels, before any of them changes a weight
+        if closure is not None:
+            self._check_step_with_closure()
         loss = self.gather(closure)
         self.update()
         return loss
+
+    def _check_step_with_closure(self) -> None:
+        if isinstance(self.base, OptimizerWrapper):
+            self.base._check_step_with_closure()
 
     def gather(self, closure: Closure | None = None) -> Any:
         """Leave the gradient to use in `.grad` and the weights where they were; return the loss.
@@ -166,8 +172,11 @@ class OptimizerWrapper(Optimizer):
         elif not self._base_runs_closure:
             self.base.step()
 
-    def first_step(self) -> bool:
+    def first_step(self, zero_grad: bool = False) -> bool:
         """Move to the weights of the second pass, where an optimizer below takes two (SAM, SparseSAM, CrAM).
+
+        Args:
+            zero_grad: Clear the gradients afterwards, for the second pass to add its own (default: False).
 
         Returns:
             Whether there is a second pass to run, at other weights than the first.
@@ -176,10 +185,13 @@ class OptimizerWrapper(Optimizer):
             RuntimeError: If no optimizer below takes two passes, or they are under way already.
 
         """
-        return self._wrapper_below().first_step()
+        return self._wrapper_below().first_step(zero_grad)
 
-    def second_step(self) -> None:
+    def second_step(self, zero_grad: bool = False) -> None:
         """Take the step that `first_step` began, given the second pass's gradients.
+
+        Args:
+            zero_grad: Clear the gradients afterwards (default: False).
 
         Raises:
             RuntimeError: If no first_step() came before.
@@ -187,6 +199,8 @@ class OptimizerWrapper(Optimizer):
         """
         self._check_second_step()
         self.step()
+        if zero_grad:
+            self.zero_grad()
 
     def _check_second_step(self) -> None:
         self._wrapper_below()._check_second_step()

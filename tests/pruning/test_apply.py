@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
-from wcr_optim.pruning import Masks, applied, apply_, magnitude_masks
+from wcr_optim.pruning import Masks, applied, apply_, magnitude_masks, report, sweep
 from wcr_optim.pruning.apply import weights_restored
 
 
@@ -218,3 +218,63 @@ def test_restoring_in_between():
         assert torch.equal(tensor, before)
         tensor.zero_()
     assert torch.equal(tensor, before)
+
+
+def test_two_masks_on_the_same_memory_are_refused():
+    model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False))
+    model[1].weight.data = model[0].weight.data
+    before = contents(model)
+    mask = torch.zeros(4, 4, dtype=torch.bool)
+    with pytest.raises(ValueError, match=r"1\.weight and 0\.weight are the same parameter"):
+        apply_(model, Masks({"0.weight": mask, "1.weight": mask}))
+    assert_holds(model, before)
+
+
+def frozen_for_good(model):
+    with torch.inference_mode():
+        model[6].weight = nn.Parameter(torch.randn(4, 8), requires_grad=False)
+
+
+def expanded(model):
+    model[6].weight = nn.Parameter(torch.randn(4, 1).expand(4, 8))
+
+
+@pytest.mark.parametrize(("spoil", "message"), [(frozen_for_good, "inference_mode"), (expanded, "is expanded")])
+def test_a_weight_that_cannot_be_written_leaves_all_as_they_were(spoil, message):
+    model = network()
+    masks = magnitude_masks(model, 0.5)
+    spoil(model)
+    before = contents(model)
+    with pytest.raises(ValueError, match=rf"6\.weight .*{message}"):
+        apply_(model, masks)
+    with pytest.raises(ValueError, match=rf"6\.weight .*{message}"), applied(model, masks):
+        raise AssertionError("entered")
+    with pytest.raises(ValueError, match=rf"6\.weight .*{message}"):
+        sweep(model, lambda pruned: 0.0, [0.5])
+    assert_holds(model, before)
+
+
+def test_inference_tensors_are_pruned_where_they_can_be():
+    model = network()
+    frozen_for_good(model)
+    with torch.inference_mode():
+        masks = magnitude_masks(model, 0.5)
+        apply_(model, masks)
+    assert int((model[6].weight == 0).sum()) == int((~masks["6.weight"]).sum()) > 0
+
+
+def test_boolean_tensors_by_name_serve_as_masks():
+    model, other = network(), network()
+    other.load_state_dict(model.state_dict())
+    masks = magnitude_masks(model, 0.5)
+    plain = dict(masks)
+    assert report(model, plain) == report(model, masks)
+    with applied(model, plain):
+        inside = contents(model)
+    apply_(model, plain)
+    apply_(other, masks)
+    assert_holds(model, contents(other))
+    assert_holds(other, inside)
+    for wrong, message in ((0.5, "got 0.5"), ({"6.weight": torch.ones(4, 8)}, "must be a boolean tensor")):
+        with pytest.raises(TypeError, match=message):
+            apply_(model, wrong)

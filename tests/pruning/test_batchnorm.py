@@ -285,3 +285,18 @@ def test_overridden_train_and_eval_are_not_called():
     Keywords.__init__(model)
     recalibrate_batchnorm(model, [torch.randn(4, 3)])
     assert int(model.norm.num_batches_tracked) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", [nn.BatchNorm1d, nn.InstanceNorm1d])
+def test_many_batches_in_low_precision(kind, dtype):
+    norm = kind(2, track_running_stats=True).to(dtype)
+    rare = torch.tensor([[1.0, -1.0], [3.0, 1.0]], dtype=dtype).view(1, 2, 2).expand(4, 2, 2)
+    # In the first half the means are 0 and 2, in the other one 2 and 4, all of them exact in either dtype.
+    data = [rare.clone()] * 1200 + [rare + 2] * 1200
+    recalibrate_batchnorm(norm, data)
+    assert norm.running_mean.tolist() == [1.0, 3.0]
+    one = kind(2, track_running_stats=True).to(dtype)
+    recalibrate_batchnorm(one, data[:1])
+    assert torch.equal(norm.running_var, one.running_var)
+    assert int(norm.num_batches_tracked) == 2400

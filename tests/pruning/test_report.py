@@ -166,3 +166,13 @@ def test_transformers_count_as_by_hand(name):
     tokens = inputs["input_ids"].numel()
     for layer in found.layers:
         assert layer.dense_macs == tokens * layer.weights, layer.name
+
+
+def test_tensors_tied_by_memory_count_once():
+    model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False))
+    model[1].weight.data = model[0].weight.data
+    found = report(model)
+    assert (found.parameters, found.weights, found.dense_bytes) == (16, 16, 64)
+    assert found.sparsity_of_all == 0
+    model[0].register_buffer("view", model[0].weight.data)
+    assert report(model).dense_bytes == 64

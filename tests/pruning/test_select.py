@@ -231,3 +231,14 @@ def test_an_unknown_input_dimension_is_refused_by_name():
 def test_patterns_are_validated(pattern):
     with pytest.raises(ValueError, match="needs 0 <= n <= m"):
         n_m_masks(small(), *pattern)
+
+
+def test_values_of_the_wrong_type_are_named():
+    model = nn.Linear(4, 4)
+    for sparsity in ("0.5", None):
+        with pytest.raises(TypeError, match=f"sparsity must be a number in .*, got {sparsity!r}"):
+            magnitude_masks(model, sparsity)
+    with pytest.raises(TypeError, match=r"needs two integers, got 2:4\.0"):
+        n_m_masks(model, 2, 4.0)
+    with pytest.raises(TypeError, match=r"exclude takes names, .*, got None"):
+        magnitude_masks(model, 0.5, exclude=None)

@@ -249,6 +249,17 @@ def test_ratio_to_the_dense_file(path, sparsity, dtype, most):
     assert 0 <= path.stat().st_size - predicted < 4000
 
 
+@pytest.mark.parametrize("count", [1, 20])
+@pytest.mark.parametrize("size", [64, 100])
+def test_ratio_of_small_matrices_with_their_header(path, size, count):
+    state = {f"layers.{i}.weight": pruned(size, size, sparsity=0.95, seed=i) for i in range(count)}
+    save_sparse(state, path)
+    dense = sum(tensor.nbytes for tensor in state.values())
+    assert path.stat().st_size <= 0.09 * dense
+    header = path.stat().st_size - sum(encoded_size(tensor)[1] for tensor in state.values())
+    assert 200 * count <= header <= 200 + 300 * count
+
+
 def test_a_dense_model_grows_by_no_more_than_the_header(path):
     tensor = torch.randn(1000, 100)
     save_sparse({"x": tensor}, path)
@@ -650,3 +661,14 @@ def test_permissions_and_links_stay(path):
     assert link.is_symlink()
     assert path.stat().st_mode & 0o777 == 0o600
     assert list(read_sparse(path)) == ["weight", "bias"]
+
+
+def test_a_model_that_cannot_be_written_is_left_as_it_was(tmp_path):
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    save_sparse(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), tmp_path / "x.safetensors")
+    with torch.inference_mode():
+        model[1].weight = nn.Parameter(torch.randn(4, 4), requires_grad=False)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(ValueError, match=r"1\.weight was made under torch\.inference_mode"):
+        load_sparse(model, tmp_path / "x.safetensors")
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())

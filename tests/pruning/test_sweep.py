@@ -177,7 +177,7 @@ def test_table():
     assert lines == [
         "sparsity   kept  accuracy  loss",
         "     0 %  1,000    0.9877   0.1",
-        "  95.5 %     45       0.5      ",
+        "  95.5 %     45       0.5",
     ]
     assert str(example()) == example().table()
 
@@ -237,3 +237,40 @@ def test_progress_without_tqdm(monkeypatch):
     assert sweep(nn.Linear(3, 3), lambda m: 0.0, [0]).values() == [0.0]
     with pytest.raises(ImportError, match=r"pip install 'wcr_optim\[bench\]'"):
         sweep(nn.Linear(3, 3), lambda m: 0.0, [0], progress=True)
+
+
+def test_statistics_that_evaluation_estimates_do_not_leak():
+    model = network()
+    before = state(model)
+    seen = []
+
+    def evaluate(pruned):
+        seen.append(copy.deepcopy([buffer for name, buffer in pruned.named_buffers()]))
+        recalibrate_batchnorm(pruned, [torch.randn(3, 3, 16, 16)])
+        return 0.0
+
+    sweep(model, evaluate, [0.5, 0.9])
+    assert_as_before(model, before)
+    assert all(torch.equal(first, second) for first, second in zip(*seen, strict=True))
+
+
+def test_metrics_with_a_graph():
+    model = network()
+    x = torch.randn(2, 3, 16, 16)
+    (expected,) = sweep(model, lambda pruned: float(pruned(x).mean().detach()), [0.5]).values()
+    for form in (lambda loss: loss, lambda loss: {"loss": loss}):
+        (value,) = sweep(model, lambda pruned, form=form: form(pruned(x).mean()), [0.5]).values()
+        assert value == expected
+
+
+def test_a_single_sparsity_is_asked_for_as_a_list():
+    with pytest.raises(TypeError, match=r"sparsities must be a sequence of numbers, got 0\.5"):
+        sweep(network(), lambda pruned: 0.0, 0.5)
+
+
+def test_no_metrics_are_an_error():
+    model = network()
+    before = state(model)
+    with pytest.raises(ValueError, match=r"evaluate returned no metrics at sparsity 0\.5"):
+        sweep(model, lambda pruned: {}, [0.5])
+    assert_as_before(model, before)

@@ -102,3 +102,13 @@ def test_real_networks(name):
     if name in ("gpt2", "llama"):
         outputs, expected = outputs.logits, expected.logits
     torch.testing.assert_close(outputs, expected)
+
+
+def test_weights_tied_by_memory_are_masked_wherever_they_are_held():
+    model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False))
+    model[1].weight.data = model[0].weight.data
+    masks = magnitude_masks(model, 0.5)
+    to_torch_prune(model, masks)
+    assert torch.equal(model[0].weight, model[1].weight)
+    assert int((model[1].weight == 0).sum()) == 8
+    assert from_torch_prune(model) == masks

@@ -206,3 +206,18 @@ def test_second_step_refuses_scaled_gradients(make):
         optimizer.second_step()
     optimizer.gather()
     assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
+
+
+@pytest.mark.parametrize("make", [SAM, SparseSAM, CrAM])
+@pytest.mark.parametrize("outer", [False, True])
+def test_step_with_a_closure_refuses_scaled_gradients(make, outer):
+    model = net(torch.float32)
+    scaler = torch.amp.GradScaler("cpu")
+    optimizer = make(base_of(model.parameters()), scaler=scaler)
+    optimizer = WCR(optimizer, 1e-2) if outer else optimizer
+
+    def closure():
+        raise AssertionError("refused before it runs")
+
+    with pytest.raises(RuntimeError, match=r"call gather\(closure\), then scaler.step"):
+        optimizer.step(closure)

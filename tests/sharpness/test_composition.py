@@ -1,9 +1,11 @@
 """With penalties in either order, with LR schedulers on any level, as an optimizer among torch's."""
 
 import copy
+import io
 import pickle
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from sharpness_reference import OPTIMIZERS, TWO_PASS, assert_close, base_of, closure_of, groups, net, train
@@ -245,3 +247,53 @@ def test_one_pass_optimizers_have_no_manual_loop():
         optimizer.first_step()
     with pytest.raises(RuntimeError, match="SGD takes one pass"):
         optimizer.second_step()
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_rho_of_numpy_goes_into_safe_checkpoints(name):
+    model = net()
+    optimizer = WCR(OPTIMIZERS[name](base_of(model.parameters()), rho=np.float64(0.1)), 1e-2)
+    for rho in (None, np.float64(0.2), np.float32(0.25)):  # as schedules set it: after the step, before saving
+        train(model, optimizer, range(2))
+        if rho is not None:
+            optimizer.param_groups[0]["rho"] = rho
+        file = io.BytesIO()
+        torch.save(optimizer.state_dict(), file)
+        file.seek(0)
+        loaded = torch.load(file, weights_only=True)["param_groups"][0]["rho"]
+        assert type(loaded) is float
+        assert loaded == (0.1 if rho is None else rho)
+
+
+@pytest.mark.parametrize("name", TWO_PASS)
+def test_only_norm_layers_are_copied_and_pickled_with_the_optimizer(name):
+    """And copied together with the model, they are the copy's."""
+
+    def make():
+        torch.manual_seed(0)
+        return torch.nn.Sequential(
+            torch.nn.Linear(4, 4), torch.nn.BatchNorm1d(4, momentum=0.9), torch.nn.Embedding(1000, 64)
+        )
+
+    def step(model, optimizer, number):
+        x = torch.randn(8, 4, generator=torch.Generator().manual_seed(number))
+
+        def closure():
+            optimizer.zero_grad()
+            loss = (model[1](model[0](x)) - x).square().mean()
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+
+    model = make()
+    optimizer = OPTIMIZERS[name](torch.optim.SGD(model[:2].parameters(), lr=0.1, momentum=0.9), rho=1.0, model=model)
+    step(model, optimizer, 0)
+    assert len(pickle.dumps(optimizer)) < 64_000 < len(pickle.dumps(model))
+    copied_model, copied = copy.deepcopy((model, optimizer))
+    pickled_model, pickled = pickle.loads(pickle.dumps((model, optimizer)))
+    for m, o in ((model, optimizer), (copied_model, copied), (pickled_model, pickled)):
+        step(m, o, 1)
+    for other in (copied_model, pickled_model):
+        for key, value in model.state_dict().items():
+            assert torch.equal(value, other.state_dict()[key]), key

@@ -5,9 +5,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from sharpness_reference import base_of, closure_of, gradients_at, groups, net, train
+from torch import nn
 
 from wcr_optim import WCR
-from wcr_optim.sharpness import CrAM
+from wcr_optim.sharpness import CrAM, SparseSAM
 
 
 def passes(model, optimizer, step):
@@ -172,3 +173,46 @@ def test_a_pruned_network_learns():
         return losses[1].item()
 
     assert pruned_loss(lambda base: CrAM(base, rho=0.05, sparsities=(0.7,))) < 0.5 * pruned_loss(lambda base: base)
+
+
+def test_a_weight_that_is_nan_is_named_and_nothing_changes():
+    """Where its gradient is finite: a weight that the loss does not see in this step."""
+    seen, hidden = nn.Parameter(torch.ones(3, 3)), nn.Parameter(torch.ones(2, 4))
+    with torch.no_grad():
+        hidden[1, 2] = float("nan")
+    groups = [{"params": [seen]}, {"params": [nn.Parameter(torch.ones(3)), hidden]}]
+    optimizer = CrAM(torch.optim.SGD(groups, lr=0.1))
+    before = [seen.detach().clone(), hidden.detach().clone()]
+
+    def closure():
+        optimizer.zero_grad()
+        loss = seen.square().sum()
+        loss.backward()
+        hidden.grad = torch.zeros_like(hidden)
+        return loss
+
+    with pytest.raises(ValueError, match=r"param_groups\[1\]\['params'\]\[1\] of shape \(2, 4\) holds NaN"):
+        optimizer.step(closure)
+    assert torch.equal(seen, before[0])
+    assert torch.equal(hidden.nan_to_num(7.0), before[1].nan_to_num(7.0))
+
+
+def test_patterns_skip_layers_without_weights():
+    empty, weight = nn.Parameter(torch.ones(0, 8)), nn.Parameter(torch.ones(2, 8))
+    optimizer = CrAM(torch.optim.SGD([empty, weight], lr=0.1), pattern=(2, 4))
+    (empty.sum() + weight.square().sum()).backward()
+    optimizer.first_step()
+    assert int((weight != 0).sum()) == 8
+    optimizer.second_step()
+
+
+def test_complex_parameters_are_refused_early():
+    real, phases = nn.Parameter(torch.ones(2, 4)), nn.Parameter(torch.ones(2, 4, dtype=torch.complex64))
+    for make in (CrAM, SparseSAM):
+        with pytest.raises(TypeError, match=r"param_groups\[1\] has a torch.complex64 parameter of shape \(2, 4\)"):
+            make(torch.optim.SGD([{"params": [real]}, {"params": [phases]}], lr=0.1))
+        optimizer = make(torch.optim.SGD([real], lr=0.1))
+        with pytest.raises(TypeError, match=r"torch\.complex64"):
+            optimizer.add_param_group({"params": phases})
+        assert len(optimizer.param_groups) == 1
+    SparseSAM(torch.optim.SGD([phases], lr=0.1), mask="dynamic")

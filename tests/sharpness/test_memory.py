@@ -110,11 +110,13 @@ SMALL = 0.1  # of a copy, for scalars; three of it for temporaries, of single te
         (lambda base: SAM(base, adaptive=True), True, 0, 1),
         (SSAM, True, 1, 1),
         (SSAM, False, 1, 1),
-        (lambda base: SparseSAM(base), True, 0.25, 1.25),  # and a mask of one byte an entry
+        (lambda base: SparseSAM(base), True, 1.25, 2.25),  # and a mask of one byte an entry, beside the Fisher sums
+        (lambda base: SparseSAM(base, update_freq=None), True, 0.25, 1.25),
+        (lambda base: SparseSAM(base, mask="dynamic"), True, 0.25, 1.25),
         (lambda base: CrAM(base), True, 0, 2),
         (lambda base: CrAM(base, plus=False), True, 0, 1),
     ],
-    ids=["sam", "asam", "ssam", "ssam_plain", "sparse_sam", "cram_plus", "cram"],
+    ids=["sam", "asam", "ssam", "ssam_plain", "fisher", "fisher_once", "dynamic", "cram_plus", "cram"],
 )
 def test_copies_of_the_parameters(make, closure, between, in_pass):
     held = measure(make, closure)

@@ -568,3 +568,80 @@ def test_plain_reference_of_clean_loss():
         expected = loss_of(twin, step).item()
         assert train(model, optimizer, [step]) == [pytest.approx(expected, rel=1e-12)]
         reference.step(step)
+
+
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("way", ["skipped", "failed"])
+def test_a_step_that_was_not_taken_leaves_nothing_for_the_next(name, way):
+    """Gradients that gather() left, and that no step took, do not vouch for others that come after them."""
+    model, twin = net(), net()
+    base = base_of(groups(model))
+    optimizer, same = OPTIMIZERS[name](base), OPTIMIZERS[name](base_of(groups(twin)))
+    for m, o in ((model, optimizer), (twin, same)):
+        train(m, o, range(2))
+    if way == "skipped":  # as by a scaler
+        optimizer.gather(closure_of(model, optimizer, 2))
+    else:
+
+        def refuse(*_):
+            raise RuntimeError("not now")
+
+        handle = base.register_step_pre_hook(refuse)
+        with pytest.raises(RuntimeError, match="not now"):
+            train(model, optimizer, [2])
+        handle.remove()
+    before = weights(model)
+    if name == "ssam":  # takes one pass: the plain step must perturb by its gradient, as any
+        same.gather(closure_of(twin, same, 2))
+        for m, o in ((model, optimizer), (twin, same)):
+            closure_of(m, o, 3)()
+            o.step()
+        with optimizer.true_weights():
+            here = weights(model)
+        assert any(not torch.equal(p, h) for p, h in zip(model.parameters(), here, strict=True))
+        return
+    if way == "skipped":
+        closure_of(model, optimizer, 3)()
+    with pytest.raises(RuntimeError, match="without a closure would be a step of SGD alone"):
+        optimizer.step()
+    assert_weights(model, before)
+
+
+@pytest.mark.parametrize("name", TWO_PASS)
+@pytest.mark.parametrize("outer", [False, True])
+def test_zero_grad_in_manual_loops(name, outer):
+    models = [net(), net()]
+    optimizers = [OPTIMIZERS[name](base_of(groups(model))) for model in models]
+    if outer:
+        optimizers = [WCR(optimizer, 1e-2) for optimizer in optimizers]
+    train(models[0], optimizers[0], range(3))
+    for step in range(3):
+        loss_of(models[1], step).backward()
+        assert optimizers[1].first_step(zero_grad=True)
+        assert all(p.grad is None for p in models[1].parameters())
+        loss_of(models[1], step).backward()
+        optimizers[1].second_step(zero_grad=True)
+        assert all(p.grad is None for p in models[1].parameters())
+    assert_weights(models[1], weights(models[0]))
+
+
+@pytest.mark.filterwarnings("ignore:.*spectral_norm.*:FutureWarning")
+@pytest.mark.parametrize("spectral_norm", [nn.utils.parametrizations.spectral_norm, nn.utils.spectral_norm])
+def test_power_iterations_come_from_the_clean_pass(spectral_norm):
+    torch.manual_seed(0)
+    model = nn.Sequential(spectral_norm(nn.Linear(4, 4)), nn.Tanh(), nn.Linear(4, 1))
+    optimizer = SAM(torch.optim.SGD(model.parameters(), lr=0.1), rho=1.0, model=model)
+    x, after = torch.randn(8, 4), []
+
+    def closure():
+        optimizer.zero_grad()
+        loss = model(x).square().mean()
+        loss.backward()
+        after.append({key: value.clone() for key, value in model.named_buffers()})
+        return loss
+
+    optimizer.step(closure)
+    assert {key[-2:] for key in after[0]} == {"_u", "_v"}
+    for key, value in model.named_buffers():
+        assert torch.equal(value, after[0][key])
+        assert not torch.equal(value, after[1][key])

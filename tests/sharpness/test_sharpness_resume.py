@@ -5,8 +5,10 @@ import io
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from sharpness_reference import OPTIMIZERS, TWO_PASS, base_of, batch, closure_of, groups, net, train
 from torch import nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, get_state_dict, set_state_dict
 
 from wcr_optim import WCR
 from wcr_optim.sharpness import SAM, SSAM, CrAM, SparseSAM
@@ -143,7 +145,6 @@ def test_a_bare_bases_checkpoint_is_taken(name):
     fresh.load_state_dict(source.state_dict())
     other.load_state_dict(bare.state_dict())
     for m, o in ((model, optimizer), (fresh, other)):
-        o.param_groups[0]["sharpness_steps"] = 0  # which goes on counting where the process does
         train(m, o, range(5, 10))
     assert_equal(model, fresh)
 
@@ -260,6 +261,15 @@ class TestWritingPerturbedWeights:
         self.optimizer.eval()
         self.assert_holds(edited)
 
+    def test_replaced_memory_is_seen(self):
+        with self.optimizer.true_weights():
+            expected = {key: value.clone() for key, value in self.model.state_dict().items()}
+        bias = self.model[6].bias
+        bias.data = torch.zeros_like(bias)
+        with pytest.warns(UserWarning, match="1 parameters were written"):
+            self.optimizer.eval()
+        self.assert_holds(expected | {"6.bias": torch.zeros_like(bias)})
+
     def test_twice_and_alone(self):
         perturbed = {key: value.clone() for key, value in self.model.state_dict().items()}
         self.optimizer.train()
@@ -317,3 +327,138 @@ def test_a_parameter_group_added_later(name):
     assert not torch.equal(seen[0], seen[1]) or name == "sparse_sam"
     assert not torch.equal(extra, torch.ones_like(extra))
     assert closure_of(model, optimizer, 4)() is not None
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+@pytest.mark.parametrize(("name", "closure"), [*((name, True) for name in sorted(MAKE)), ("ssam", False)])
+@pytest.mark.parametrize("base", ["sgd", "adamw", "plain"])
+def test_resume_through_distributed_checkpoints(name, base, closure, tmp_path):
+    """They load what a new optimizer has after a step with zero gradients, and drop all other keys."""
+
+    def new():
+        model = net(torch.float32)
+        bare = torch.optim.SGD(groups(model), lr=0.05) if base == "plain" else base_of(groups(model), base)
+        return model, MAKE[name](bare)
+
+    model, optimizer = new()
+    train(model, optimizer, range(11), closure)
+    state = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
+    dcp.save(state, checkpoint_id=tmp_path, no_dist=True)
+    train(model, optimizer, range(11, 22), closure)
+
+    second, late = new()
+    template = dict(zip(("model", "optimizer"), get_state_dict(second, late), strict=True))
+    dcp.load(template, checkpoint_id=tmp_path, no_dist=True)
+    third, later = new()  # beside the one whose tensors were loaded in place
+    for m, o, loaded in ((third, later, copy.deepcopy(template)), (second, late, template)):
+        set_state_dict(m, o, model_state_dict=loaded["model"], optim_state_dict=loaded["optimizer"])
+        train(m, o, range(11, 22), closure)
+        assert_equal(model, m)
+    expected, found = optimizer.state_dict(), late.state_dict()
+    assert expected["param_groups"] == found["param_groups"]
+    assert [sorted(s) for s in expected["state"].values()] == [sorted(s) for s in found["state"].values()]
+
+
+@pytest.mark.parametrize("mask", ["fisher", "dynamic"])
+def test_a_checkpoint_loaders_probe_makes_no_masks(mask):
+    """Training after it is training without it, also where a parameter never gets a gradient."""
+    results = []
+    for probed in (False, True):
+        model, unused = net(), nn.Parameter(torch.ones(5, 5, dtype=torch.float64))
+        base = torch.optim.SGD([*model.parameters(), unused], lr=0.05, momentum=0.9)  # which itself forgets the probe
+        optimizer = SparseSAM(base, mask=mask, update_freq=3)
+        if probed:
+            get_optimizer_state_dict(nn.ModuleDict({"net": model, "unused": nn.ParameterList([unused])}), optimizer)
+            assert optimizer.state[unused]["sparse_sam_mask"].dtype == torch.bool
+        train(model, optimizer, range(10))
+        results.append((model, optimizer.state[next(model.parameters())]["sparse_sam_mask"]))
+    assert_equal(results[0][0], results[1][0])
+    assert torch.equal(results[0][1], results[1][1])
+
+
+class TestLoadingBetweenThePasses:
+    """A checkpoint that is loaded between first_step() and second_step() is there afterwards."""
+
+    def begin(self, name, finite=True, in_eval=False):
+        model = Norms()
+        optimizer = WCR(OPTIMIZERS[name](torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)), 1e-2)
+        inner = optimizer.base
+        inner.step(model.closure(optimizer, 0))
+        saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+        inner.step(model.closure(optimizer, 1))
+        before = copy.deepcopy(model.state_dict())
+        model.closure(optimizer, 2)()
+        if not finite:
+            next(model.parameters()).grad.fill_(float("nan"))
+        optimizer.first_step()
+        if in_eval:
+            optimizer.eval()
+        return model, optimizer, saved, before
+
+    def goes_on(self, name, model, optimizer, saved):
+        """Training from here is training from the checkpoint in new objects."""
+        fresh = Norms()
+        other = WCR(OPTIMIZERS[name](torch.optim.SGD(fresh.parameters(), lr=0.05, momentum=0.9)), 1e-2)
+        fresh.load_state_dict(copy.deepcopy(saved[0]))
+        other.load_state_dict(copy.deepcopy(saved[1]))
+        for m, o in ((model, optimizer), (fresh, other)):
+            for step in range(3, 6):
+                o.step(m.closure(o, step))
+        for key, value in fresh.state_dict().items():
+            assert torch.equal(value, model.state_dict()[key]), key
+
+    @pytest.mark.parametrize("name", TWO_PASS)
+    @pytest.mark.parametrize("order", [("model", "optimizer"), ("optimizer", "model")])
+    @pytest.mark.parametrize("options", [{}, {"finite": False}, {"in_eval": True}])
+    def test_model_and_optimizer(self, name, order, options):
+        model, optimizer, saved, _ = self.begin(name, **options)
+        for part in order:
+            if part == "model":
+                model.load_state_dict(saved[0])
+            else:
+                optimizer.load_state_dict(copy.deepcopy(saved[1]))
+        for key, value in model.state_dict().items():
+            assert torch.equal(value, saved[0][key]), key
+        with pytest.raises(RuntimeError, match="call that first"):
+            optimizer.second_step()
+        self.goes_on(name, model, optimizer, saved)
+
+    @pytest.mark.parametrize("name", TWO_PASS)
+    def test_weights_that_nobody_wrote_come_back(self, name):
+        model, optimizer, saved, before = self.begin(name)
+        with torch.no_grad():
+            model.linear.bias.fill_(3.0)
+        optimizer.load_state_dict(saved[1])
+        assert torch.equal(model.linear.bias, torch.full((4,), 3.0))
+        assert torch.equal(model.linear.weight, before["linear.weight"])
+        assert torch.equal(model.norm.weight, before["norm.weight"])
+
+    @pytest.mark.parametrize("name", TWO_PASS)
+    def test_a_failed_load_leaves_the_pass_under_way(self, name):
+        model, optimizer, _, before = self.begin(name)
+        with pytest.raises(ValueError, match="different number of parameter groups"):
+            optimizer.load_state_dict({"state": {}, "param_groups": []})
+        model.closure(optimizer, 2)()
+        optimizer.gather()
+        for key, p in model.named_parameters():
+            assert torch.equal(p, before[key])
+
+
+class Norms(nn.Module):
+    """A network with running statistics and its own data."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.linear, self.norm = nn.Linear(4, 4), nn.BatchNorm1d(4)
+
+    def closure(self, optimizer, step):
+        x = torch.randn(8, 4, generator=torch.Generator().manual_seed(step))
+
+        def evaluate():
+            optimizer.zero_grad()
+            loss = (self.norm(self.linear(x)) - x).square().mean()
+            loss.backward()
+            return loss
+
+        return evaluate

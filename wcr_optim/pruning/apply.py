@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from wcr_optim.layout import as_dtensor, local
-from wcr_optim.parameters import refusal, unwrapped
-from wcr_optim.pruning.masks import Masks
+from wcr_optim.parameters import memory, refusal, unwrapped
+from wcr_optim.pruning.masks import Masks, as_masks
 from wcr_optim.pruning.shards import own_part
 
 
-def apply_(model: nn.Module, masks: Masks) -> None:
+def apply_(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
     """Set the pruned weights of a model to zero, in place.
 
     The parameters stay the same objects in the same memory; nothing is added to the model, so copies, checkpoints,
@@ -24,18 +25,20 @@ def apply_(model: nn.Module, masks: Masks) -> None:
 
     Args:
         model: The model; ``torch.compile`` and data-parallel wrappers around it are looked through.
-        masks: Masks of some or all of its parameters.
+        masks: Masks of some or all of its parameters, or boolean tensors by name, True where a weight is kept.
 
     Raises:
         ValueError: If the model has no parameter of a mask's name, a mask's shape is not its parameter's, or two masks
-            name the same shared parameter. No weight has been changed then.
+            name the same shared parameter, or a parameter cannot be written. No weight has been changed then.
+        TypeError: If a mask is not boolean.
     """
+    masks = as_masks(masks)
     for target in matched(model, masks):
         _zero(target, masks)
 
 
 @contextmanager
-def applied(model: nn.Module, masks: Masks) -> Iterator[None]:
+def applied(model: nn.Module, masks: Mapping[str, Tensor]) -> Iterator[None]:
     """Prune a model for the duration of a ``with`` block, and put back its exact weights at the end of it.
 
     Holds a copy of the masked parameters meanwhile.
@@ -51,6 +54,7 @@ def applied(model: nn.Module, masks: Masks) -> Iterator[None]:
         >>> with applied(model, magnitude_masks(model, 0.95)):
         ...     accuracy = evaluate(model)
     """
+    masks = as_masks(masks)
     targets = matched(model, masks)
     with weights_restored([target.parameter for target in targets]):
         for target in targets:
@@ -87,7 +91,7 @@ def matched(model: nn.Module, masks: Masks) -> list[Target]:
     """Match masks to parameters, or raise before anything is changed."""
     model = unwrapped(model)
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    named: dict[int, str] = {}
+    named: dict[tuple[object, ...], str] = {}
     targets = []
     for name, shape in masks.shapes.items():
         if name not in parameters:
@@ -96,11 +100,25 @@ def matched(model: nn.Module, masks: Masks) -> list[Target]:
         if is_lazy(parameter) or parameter.shape != shape:
             has = "no shape yet" if is_lazy(parameter) else f"shape {tuple(parameter.shape)}"
             raise ValueError(f"the mask of {name} has shape {tuple(shape)}, the parameter has {has}")
-        if id(parameter) in named:
-            raise ValueError(f"{name} and {named[id(parameter)]} are the same parameter: keep one of the two masks")
-        named[id(parameter)] = name
+        other = named.setdefault(memory(parameter), name)
+        if other != name:
+            raise ValueError(f"{name} and {other} are the same parameter: keep one of the two masks")
+        check_writable(name, parameter)
         targets.append(Target(name, parameter))
     return targets
+
+
+def check_writable(name: str, tensor: Tensor) -> None:
+    """Raise ValueError if torch will refuse to write to a tensor, before others have been written to."""
+    if tensor.is_inference() and not torch.is_inference_mode_enabled():
+        raise ValueError(
+            f"{name} was made under torch.inference_mode() and can be changed only there: make the model outside, "
+            "or do this inside, too"
+        )
+    if any(size > 1 and step == 0 for size, step in zip(tensor.shape, tensor.stride(), strict=True)):
+        raise ValueError(
+            f"{name} is expanded, several of its elements are one place in memory: give it a copy, clone()"
+        )
 
 
 def _missing(model: nn.Module, name: str) -> str:

@@ -22,7 +22,8 @@ def recalibrate_batchnorm(model: nn.Module, batches: Iterable[Any], forward: For
 
     Pruning shifts the activations that statistics were collected of, so that a pruned network is judged fairly only
     with statistics of its own. Each layer gets the mean over the batches of their mean and of their unbiased variance,
-    every batch counting the same, as torch's ``momentum=None`` does. Layers that the batches do not reach keep theirs.
+    every batch counting the same, as torch's ``momentum=None`` does, but summed in float64 whatever the dtype of the
+    buffers. Layers that the batches do not reach keep theirs.
 
     Everything but these layers runs in evaluation mode (no dropout), without gradients. Training flags and momentum
     are as before afterwards; the order of random numbers is not touched.
@@ -44,19 +45,18 @@ def recalibrate_batchnorm(model: nn.Module, batches: Iterable[Any], forward: For
     run = forward or _default_forward(model)
     momenta = [norm.momentum for norm in norms]
     before = [_statistics(norm) for norm in norms]
-    calls = dict.fromkeys(norms, 0)
+    averages = {norm: _Average() for norm in norms}
 
-    def average(norm: nn.Module, _: object) -> None:
-        # The cumulative mean. torch's own momentum=None does nothing for InstanceNorm.
+    def collect(norm: nn.Module, *_: object) -> None:
         assert isinstance(norm, _NormBase)
-        calls[norm] += 1
-        norm.momentum = 1.0 / calls[norm]
+        averages[norm].add(norm)
 
-    hooks = [norm.register_forward_pre_hook(average) for norm in norms]
+    hooks = [norm.register_forward_hook(collect) for norm in norms]
     try:
         with evaluation_mode(model), without_compilation(), torch.no_grad():
             for norm in norms:
                 norm.training = True
+                norm.momentum = 1.0  # the buffers hold the statistics of one batch at a time
                 norm.reset_running_stats()
             empty = True
             for batch in batches:
@@ -65,10 +65,10 @@ def recalibrate_batchnorm(model: nn.Module, batches: Iterable[Any], forward: For
             if empty:
                 raise ValueError("no batches to estimate the statistics from; an exhausted iterator gives none")
             for norm, statistics in zip(norms, before, strict=True):
-                if not calls[norm]:
+                if averages[norm].batches:
+                    averages[norm].write(norm)
+                else:
                     _restore(norm, statistics)
-                elif norm.num_batches_tracked is not None:
-                    norm.num_batches_tracked.fill_(calls[norm])  # InstanceNorm leaves it to others
     except BaseException:
         for norm, statistics in zip(norms, before, strict=True):
             _restore(norm, statistics)
@@ -89,15 +89,55 @@ def norms_with_statistics(model: nn.Module) -> list[_NormBase]:
     return norms
 
 
+class _Average:
+    """The mean of a layer's statistics over batches, in float64.
+
+    torch's cumulative average is kept in the buffer itself, which in bfloat16 changes no more after 2**8 batches.
+    """
+
+    def __init__(self) -> None:
+        self.batches = 0
+        self._sums: list[Tensor] = []
+
+    def add(self, norm: _NormBase) -> None:
+        """Add the statistics that the layer's buffers hold."""
+        found = [
+            buffer.to(torch.float32 if buffer.is_mps else torch.float64, copy=True)
+            for buffer in _mean_and_variance(norm)
+        ]
+        self._sums = [a + b for a, b in zip(self._sums, found, strict=True)] if self.batches else found
+        self.batches += 1
+
+    def write(self, norm: _NormBase) -> None:
+        """Put the mean into the layer's buffers."""
+        for buffer, total in zip(_mean_and_variance(norm), self._sums, strict=True):
+            buffer.copy_(total / self.batches)
+        if norm.num_batches_tracked is not None:
+            norm.num_batches_tracked.fill_(self.batches)  # InstanceNorm leaves it to others
+
+
+def _mean_and_variance(norm: _NormBase) -> tuple[Tensor, Tensor]:
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    return norm.running_mean, norm.running_var
+
+
 @contextmanager
-def statistics_restored(model: nn.Module) -> Iterator[None]:
-    """Put the running statistics back to what they are now when the block is left in whatever way."""
+def statistics_restored(model: nn.Module) -> Iterator[Callable[[], None]]:
+    """Put the running statistics back to what they are now when the block is left in whatever way.
+
+    Yields a function that does so before.
+    """
     before = [(norm, _statistics(norm)) for norm in norms_with_statistics(model)]
-    try:
-        yield
-    finally:
+
+    def restore() -> None:
         for norm, statistics in before:
             _restore(norm, statistics)
+
+    try:
+        yield restore
+    finally:
+        restore()
 
 
 def _statistics(norm: _NormBase) -> dict[str, Tensor]:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-import secrets
 from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +12,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from wcr_optim.files import check_shape, written_whole
 from wcr_optim.pruning.patterns import chunks, slabs
 
 _FORMAT = "wcr_optim.masks"
@@ -122,14 +121,8 @@ class Masks(Mapping[str, Tensor]):
             "shapes": {name: list(shape) for name, shape in self._shapes.items()},
             "bits": torch.from_numpy(self._bits),
         }
-        target = Path(os.path.realpath(path))
-        temporary = target.with_name(f".{secrets.token_hex(8)}.tmp")
-        try:
-            with open(temporary, "xb") as file:
-                torch.save(content, file)
-            os.replace(temporary, target)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with written_whole(path) as temporary, open(temporary, "wb") as file:
+            torch.save(content, file)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Masks:
@@ -183,6 +176,19 @@ class Masks(Mapping[str, Tensor]):
             raise ValueError(f"more masks than the {len(self)} shapes")
 
 
+def as_masks(masks: Mapping[str, Tensor]) -> Masks:
+    """Return masks as they are, and boolean tensors by name as masks.
+
+    Raises:
+        TypeError: If it is neither.
+    """
+    if isinstance(masks, Masks):
+        return masks
+    if not isinstance(masks, Mapping):
+        raise TypeError(f"masks are given as Masks or as boolean tensors by parameter name, got {masks!r}")
+    return Masks(masks)
+
+
 def _places(shapes: Mapping[str, Iterable[int]]) -> dict[str, slice]:
     """Return the bytes that the masks of these shapes take, each beginning at a byte of its own."""
     places = {}
@@ -212,9 +218,14 @@ def _checked(content: Any) -> tuple[dict[str, list[int]], npt.NDArray[np.uint8]]
         for name, shape in shapes.items()
     ):
         raise ValueError("its shapes are malformed")
+    for name, shape in shapes.items():
+        check_shape(f"the mask of {name}", shape)
     places = _places(shapes)
     if not isinstance(bits, Tensor) or bits.dtype is not torch.uint8 or bits.shape != (_bytes(places),):
         raise ValueError(f"its shapes take {_bytes(places)} bytes of bits, it does not hold as many")
+    # A tensor may claim more elements than are stored, all of them read from the same place.
+    if bits.layout is not torch.strided or not bits.is_contiguous() or bits.untyped_storage().nbytes() < bits.numel():
+        raise ValueError("its bits are not stored one after the other")
     flat = bits.numpy()
     for name, place in places.items():
         spare = -math.prod(shapes[name]) % 8

@@ -12,14 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from wcr_optim.layout import as_dtensor, local
-from wcr_optim.parameters import unwrapped
+from wcr_optim.parameters import memory, unwrapped
 from wcr_optim.pruning.apply import matched
-from wcr_optim.pruning.masks import Masks
+from wcr_optim.pruning.masks import Masks, as_masks
 from wcr_optim.pruning.modes import evaluation_mode, without_compilation
 from wcr_optim.pruning.patterns import chunks
 from wcr_optim.pruning.select import Selection, selected
 from wcr_optim.pruning.shards import whole
 from wcr_optim.pruning.sparse_file import encoded_size
+from wcr_optim.tables import aligned
 
 
 @dataclass(frozen=True)
@@ -137,24 +138,16 @@ class PruningReport:
         everything = [f"{self.parameters:,}", f"{self.kept + rest:,}", f"{self.sparsity_of_all:.2%}"]
         macs = [_short(self.dense_macs), _short(self.sparse_macs)] if with_macs else []
         rows.append(["all parameters", "", *everything, *macs, ""])
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = [
-            "  ".join(
-                cell.ljust(width) if column in (0, len(head) - 1) else cell.rjust(width)
-                for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-            ).rstrip()
-            for row in rows
-        ]
-        lines.append(
+        return (
+            f"{aligned(rows, left=(0, len(head) - 1))}\n"
             f"file: {_short(self.dense_bytes, 'B')} dense, {_short(self.sparse_bytes, 'B')} sparse "
             f"({self.sparse_bytes / max(1, self.dense_bytes):.1%})"
         )
-        return "\n".join(lines)
 
 
 def report(
     model: nn.Module,
-    masks: Masks | None = None,
+    masks: Mapping[str, Tensor] | None = None,
     example: Any = None,
     *,
     exclude: Selection = (),
@@ -164,7 +157,8 @@ def report(
 
     Args:
         model: The model.
-        masks: Masks of its parameters, applied or not; None counts the zeros of its prunable weights (default: None)
+        masks: Masks of its parameters, or boolean tensors by name, applied or not; None counts the zeros of its
+            prunable weights (default: None)
         example: An input to count operations with, in one pass in evaluation mode: a tensor, a tuple of positional
             arguments, or a mapping of keyword arguments. None counts none (default: None)
         exclude: Without masks: layers not to speak of, in the forms that `prunable_weights` takes (default: ())
@@ -181,11 +175,12 @@ def report(
     if masks is None:
         weights = selected(model, exclude, include)
         shapes = {name: tensor.shape for name, tensor in weights.items()}
-        masks = Masks.from_chunks(shapes, ((part != 0 for part in chunks(whole(t))) for t in weights.values()))
+        packed = Masks.from_chunks(shapes, ((part != 0 for part in chunks(whole(t))) for t in weights.values()))
     else:
-        weights = dict(matched(model, masks))
+        packed = as_masks(masks)
+        weights = dict(matched(model, packed))
     flops = None if example is None else _flops(model, weights, example)
-    kept = masks.kept_by_name
+    kept = packed.kept_by_name
     layers = []
     for name, tensor in weights.items():
         numel = tensor.numel()
@@ -197,17 +192,18 @@ def report(
                 weights=numel,
                 kept=kept[name],
                 dense_bytes=numel * tensor.element_size(),
-                sparse_bytes=_sparse_bytes(tensor, masks[name]),
+                sparse_bytes=_sparse_bytes(tensor, packed[name]),
                 dense_macs=macs,
                 sparse_macs=None if macs is None else round(macs * kept[name] / max(1, numel)),
             )
         )
-    state = {id(tensor): tensor for tensor in (*model.parameters(), *_saved_buffers(model))}
+    parameters = {memory(parameter): parameter for parameter in model.parameters()}
+    state = {**parameters, **{memory(buffer): buffer for buffer in _saved_buffers(model)}}
     dense_bytes = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
     dense_macs = None if flops is None else flops[None] // 2
     return PruningReport(
         layers=tuple(layers),
-        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        parameters=sum(parameter.numel() for parameter in parameters.values()),
         dense_bytes=dense_bytes,
         sparse_bytes=dense_bytes - sum(layer.dense_bytes - layer.sparse_bytes for layer in layers),
         dense_macs=dense_macs,

@@ -39,8 +39,13 @@ def check_sparsity(sparsity: float) -> float:
 
     Raises:
         ValueError: If it lies outside.
+        TypeError: If it is no number.
     """
-    if not 0.0 <= sparsity <= 1.0:
+    try:
+        inside = 0.0 <= sparsity <= 1.0
+    except TypeError as error:
+        raise TypeError(f"sparsity must be a number in [0, 1], got {sparsity!r}") from error
+    if not inside:
         raise ValueError(f"sparsity must lie in [0, 1], got {sparsity!r}")
     return float(sparsity)
 

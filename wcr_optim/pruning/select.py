@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from operator import index
 from typing import TypeAlias
 
 import torch
@@ -164,7 +165,12 @@ def n_m_masks(
     Raises:
         ValueError: If not 0 <= n <= m with m >= 1, a weight is NaN, no layer's input dimension is a multiple of m, a
             layer has no known input dimension, and as `prunable_weights`.
+        TypeError: If n or m is no integer.
     """
+    try:
+        n, m = index(n), index(m)
+    except TypeError as error:
+        raise TypeError(f"an N:M pattern needs two integers, got {n!r}:{m!r}") from error
     if not (m >= 1 and 0 <= n <= m):
         raise ValueError(f"an N:M pattern needs 0 <= n <= m and m >= 1, got {n}:{m}")
     model = unwrapped(model)

@@ -5,20 +5,18 @@ from __future__ import annotations
 import csv
 import io
 import os
-import secrets
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from wcr_optim.files import written_whole
 from wcr_optim.layout import as_dtensor, local
 from wcr_optim.parameters import unwrapped
-from wcr_optim.pruning.apply import weights_restored
+from wcr_optim.pruning.apply import check_writable, weights_restored
 from wcr_optim.pruning.batchnorm import Forward, recalibrate_batchnorm, statistics_restored
 from wcr_optim.pruning.modes import evaluation_mode
 from wcr_optim.pruning.patterns import slabs
@@ -26,6 +24,7 @@ from wcr_optim.pruning.search import check_sparsity
 from wcr_optim.pruning.select import Selection, selected, weight_cuts, weight_keepers
 from wcr_optim.pruning.shards import own_part, whole
 from wcr_optim.pruning.threshold import Keeper, Scope
+from wcr_optim.tables import aligned
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -92,11 +91,7 @@ class SweepResult:
             + [f"{row.metrics[name]:.4g}" if name in row.metrics else "" for name in names]
             for row in self.rows
         ]
-        widths = [max(map(len, column)) for column in zip(head, *body, strict=True)]
-        lines = [
-            "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in [head, *body]
-        ]
-        return "\n".join(lines)
+        return aligned([head, *body], left=())
 
     def to_csv(self, path: str | os.PathLike[str]) -> None:
         """Write the result as CSV: sparsity, pruned, total and one column per metric, in full precision.
@@ -111,13 +106,8 @@ class SweepResult:
             writer.writerow(
                 [row.sparsity, row.pruned, row.total, *(row.metrics.get(name, "") for name in self.metrics)]
             )
-        target = Path(os.path.realpath(path))
-        temporary = target.with_name(f".{secrets.token_hex(8)}.tmp")
-        try:
+        with written_whole(path) as temporary:
             temporary.write_text(text.getvalue(), encoding="utf-8", newline="")
-            os.replace(temporary, target)
-        finally:
-            temporary.unlink(missing_ok=True)
 
     def plot(
         self,
@@ -165,8 +155,10 @@ def sweep(
 ) -> SweepResult:
     """Evaluate a model pruned by magnitude to each of many sparsities.
 
-    All thresholds come from the same passes over the weights. The model is evaluated in evaluation mode, and after
-    every evaluation, and after an exception, it is as before: weights bit for bit, running statistics, training flags.
+    All thresholds come from the same passes over the weights. The model is evaluated in evaluation mode. After every
+    evaluation, and after an exception, it is as before: the prunable weights bit for bit, the running statistics of
+    norm layers (``evaluate`` may estimate them anew itself), training flags. What ``evaluate`` changes beyond these
+    stays changed.
 
     Args:
         model: The model.
@@ -185,38 +177,49 @@ def sweep(
         The metrics at each sparsity.
 
     Raises:
-        ValueError: If there are no sparsities or one lies outside [0, 1], and as `magnitude_masks`.
+        ValueError: If there are no sparsities or one lies outside [0, 1], if ``evaluate`` returns no metrics, and as
+            `magnitude_masks`.
         ImportError: If progress is True and tqdm is not installed.
 
     Example:
         >>> result = sweep(model, accuracy, [0, 0.5, 0.9, 0.95], calibration=train_batches)
         >>> print(result.table())
     """
+    if not isinstance(sparsities, Iterable):
+        raise TypeError(f"sparsities must be a sequence of numbers, got {sparsities!r}")
     sparsities = [check_sparsity(sparsity) for sparsity in sparsities]
     if not sparsities:
         raise ValueError("sparsities must name at least one sparsity to evaluate at")
     plain = unwrapped(model)
     weights = selected(plain, exclude, include)
+    for name, tensor in weights.items():
+        check_writable(name, tensor)
     if isinstance(calibration, Iterator):
         calibration = list(calibration)  # needed again at every sparsity
     prunings = weight_cuts(weights, sparsities, scope)
     total = sum(tensor.numel() for tensor in weights.values())
     rows = []
-    statistics = statistics_restored(plain) if calibration is not None else nullcontext()
-    with statistics, weights_restored(weights.values()) as restore:
+    with statistics_restored(plain) as restore_statistics, weights_restored(weights.values()) as restore_weights:
         for sparsity, cuts in _with_progress(list(zip(sparsities, prunings, strict=True)), progress):
-            restore()
+            restore_statistics()
+            restore_weights()
             for tensor, keeper in zip(weights.values(), weight_keepers(cuts), strict=True):
                 _prune_(tensor, keeper)
             with evaluation_mode(model):
                 if calibration is not None:
                     recalibrate_batchnorm(plain, calibration, forward)
                 found = evaluate(model)
-            found = found if isinstance(found, Mapping) else {"score": found}
-            metrics = {name: float(value) for name, value in found.items()}
+            metrics = _metrics(found, sparsity)
             pruned = sum(cut.pruned for cut in {id(cut): cut for cut in cuts}.values())
             rows.append(SweepRow(sparsity, pruned, total, metrics))
     return SweepResult(tuple(rows), scope, calibration is not None)
+
+
+def _metrics(found: float | Mapping[str, float], sparsity: float) -> dict[str, float]:
+    found = found if isinstance(found, Mapping) else {"score": found}
+    if not found:
+        raise ValueError(f"evaluate returned no metrics at sparsity {sparsity:g}: it has to return a number or several")
+    return {name: float(value.detach() if isinstance(value, Tensor) else value) for name, value in found.items()}
 
 
 def _prune_(tensor: Tensor, keeper: Keeper) -> None:

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
-from wcr_optim.parameters import unwrapped
+from wcr_optim.parameters import memory, unwrapped
 from wcr_optim.pruning.apply import matched
-from wcr_optim.pruning.masks import Masks
+from wcr_optim.pruning.masks import Masks, as_masks
 
 
-def to_torch_prune(model: nn.Module, masks: Masks) -> None:
+def to_torch_prune(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
     """Put masks on a model the way ``torch.nn.utils.prune`` does, in place.
 
     Every masked ``weight`` becomes a parameter ``weight_orig``, a buffer ``weight_mask`` and a hook that multiplies
@@ -28,13 +28,14 @@ def to_torch_prune(model: nn.Module, masks: Masks) -> None:
     """
     custom_from_mask: Callable[..., nn.Module] = prune.custom_from_mask
     model = unwrapped(model)
+    masks = as_masks(masks)
     for name, parameter in matched(model, masks):
         mask = masks[name].to(parameter.device)
         places = [
             (module, own_name)
             for module in model.modules()
             for own_name, held in module._parameters.items()
-            if held is parameter
+            if held is not None and memory(held) == memory(parameter)
         ]
         for module, own_name in places:
             custom_from_mask(module, own_name, mask)
@@ -55,7 +56,7 @@ def from_torch_prune(model: nn.Module) -> Masks:
         ValueError: If the model has no such masks, or a shared parameter has different ones.
     """
     found: dict[str, Tensor] = {}
-    names: dict[int, str] = {}
+    names: dict[tuple[object, ...], str] = {}
     for path, module in unwrapped(model).named_modules():
         for own_name, original in module._parameters.items():
             stem = own_name.removesuffix("_orig")
@@ -64,11 +65,11 @@ def from_torch_prune(model: nn.Module) -> Masks:
                 continue
             name = f"{path}.{stem}" if path else stem
             kept = mask != 0
-            if id(original) not in names:
-                names[id(original)] = name
+            first = names.setdefault(memory(original), name)
+            if first == name:
                 found[name] = kept
-            elif not torch.equal(found[names[id(original)]], kept):
-                raise ValueError(f"{names[id(original)]} and {name} are one shared parameter with two different masks")
+            elif not torch.equal(found[first], kept):
+                raise ValueError(f"{first} and {name} are one shared parameter with two different masks")
     if not found:
         raise ValueError("the model has no masks of torch.nn.utils.prune")
     return Masks(found)

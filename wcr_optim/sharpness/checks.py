@@ -59,6 +59,17 @@ def check_rho(group: Mapping[str, Any], index: int) -> None:
         raise ValueError(f"rho must be finite and not negative, got {rho!r} in {where}")
 
 
+def refuse_complex(what: str, group: Mapping[str, Any], index: int) -> None:
+    """Raise TypeError if a group has complex parameters, which `what` is not defined for."""
+    params = group["params"]
+    for p in [params] if isinstance(params, Tensor) else params:
+        if isinstance(p, Tensor) and p.is_complex():
+            raise TypeError(
+                f"{what} ranks real numbers, and param_groups[{index}] has a {p.dtype} parameter of shape "
+                f"{tuple(p.shape)}: keep it in an optimizer of its own, or as torch.view_as_real"
+            )
+
+
 def check_share(name: str, share: Any) -> float:
     """Return a share of all weights as a float in [0, 1]."""
     if isinstance(share, bool) or not isinstance(share, Real):

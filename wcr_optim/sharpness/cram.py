@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,7 @@ from torch.optim import Optimizer
 from wcr_optim.layout import local
 from wcr_optim.pruning.shards import common_mesh, find_sharded_cuts
 from wcr_optim.pruning.threshold import keep_masks
-from wcr_optim.sharpness.checks import check_count, check_share, gradients
+from wcr_optim.sharpness.checks import check_count, check_share, gradients, refuse_complex
 from wcr_optim.sharpness.memory import add_, copies
 from wcr_optim.sharpness.two_pass import SecondPass, TwoPass
 
@@ -54,8 +55,9 @@ class CrAM(TwoPass):
             not touched (default: 0).
 
     Raises:
-        TypeError: As `SAM`.
-        ValueError: As `SAM`, if there are no sparsities or one lies outside [0, 1], or n of pattern is above m.
+        TypeError: As `SAM`, or if a parameter is complex.
+        ValueError: As `SAM`, if there are no sparsities or one lies outside [0, 1], n of pattern is above m, or a
+            weight to prune is NaN though its gradients are not; the weights are as before then.
         RuntimeError: As `SAM`.
 
     Source:
@@ -107,14 +109,23 @@ class CrAM(TwoPass):
         """Prune weights in place; return those that were."""
         if self.pattern is not None:
             n, m = self.pattern
-            weights = [w for w in weights if local(w).shape[1] % m == 0]
+            weights = [w for w in weights if local(w).numel() and local(w).shape[1] % m == 0]
             for w in weights:
                 local(w).masked_fill_(~_n_of_m(local(w), n, m), 0.0)
         elif weights:
-            masks = _largest(weights, self._draw())
+            masks = _largest(self._named(weights), self._draw())
             for w, mask in zip(weights, masks, strict=True):
                 local(w).masked_fill_(~mask, 0.0)
         return weights
+
+    def _named(self, weights: Sequence[Tensor]) -> dict[str, Tensor]:
+        """Name weights for error messages by their place in the groups."""
+        places = {
+            p: f"param_groups[{g}]['params'][{i}]"
+            for g, group in enumerate(self.param_groups)
+            for i, p in enumerate(group["params"])
+        }
+        return {f"{places[w]} of shape {tuple(w.shape)}": w.detach() for w in weights}
 
     def _draw(self) -> float:
         """Return this step's sparsity, a function of the seed and of the number of steps alone."""
@@ -137,6 +148,10 @@ class CrAM(TwoPass):
         self._pruned = []
         self._clean = []
 
+    def _check_group(self, group: Mapping[str, Any], index: int) -> None:
+        super()._check_group(group, index)
+        refuse_complex("pruning", group, index)
+
     def _describe(self) -> str:
         chosen = f"sparsities={self.sparsities}" if self.pattern is None else f"pattern={self.pattern}"
         return f"{chosen}, plus={self.plus}, sparse_grad={self.sparse_grad}"
@@ -152,9 +167,8 @@ def _check_pattern(pattern: tuple[int, int]) -> tuple[int, int]:
     return n, m
 
 
-def _largest(weights: Sequence[Tensor], sparsity: float) -> list[Tensor]:
+def _largest(named: Mapping[str, Tensor], sparsity: float) -> list[Tensor]:
     """Mark the weights of largest magnitude, all tensors together; this rank's part of them."""
-    named = {f"parameter {index}": w.detach() for index, w in enumerate(weights)}
     mesh = common_mesh(named)
     if mesh is None:
         return list(keep_masks(named, sparsity).values())

@@ -9,23 +9,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from wcr_optim.layout import local
+
 
 class RunningStatistics:
-    """The running statistics of a model's norm layers as they are now.
-
-    Found by the names that torch's norm layers and their relatives elsewhere give these buffers, `running_...` and
-    `num_batches_tracked`, so that momentum=None, SyncBatchNorm and InstanceNorm need nothing of their own.
+    """The running statistics of norm layers, and what spectral norms estimate their norm by, as they are now.
 
     Args:
-        model: The model; None has no statistics.
+        modules: The modules that keep some, as `with_statistics` found them.
     """
 
-    def __init__(self, model: nn.Module | None) -> None:
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
         self._saved: list[tuple[nn.Module, str, Tensor, Tensor]] = []
-        for module in model.modules() if model is not None else ():
+        for module in modules:
             for name, buffer in module.named_buffers(recurse=False):
-                counted = name.startswith("running_") or name == "num_batches_tracked"
-                if counted and not is_lazy(buffer):
+                if _is_statistic(name) and not is_lazy(buffer):
                     self._saved.append((module, name, buffer, buffer.detach().clone()))
 
     @torch.no_grad()
@@ -34,6 +32,25 @@ class RunningStatistics:
         for module, name, buffer, value in self._saved:
             buffer.copy_(value)
             setattr(module, name, buffer)
+
+
+def with_statistics(model: nn.Module | None) -> list[nn.Module]:
+    """Return the modules of a model that keep running statistics; None has none."""
+    modules = () if model is None else model.modules()
+    return [m for m in modules if any(_is_statistic(name) for name, _ in m.named_buffers(recurse=False))]
+
+
+def _is_statistic(name: str) -> bool:
+    # By the names that torch's norm layers and their relatives elsewhere give these buffers, so that momentum=None,
+    # SyncBatchNorm and InstanceNorm need nothing of their own. The last two are spectral_norm's power iteration, in
+    # both of torch's implementations: _u and weight_u.
+    return name.startswith("running_") or name == "num_batches_tracked" or name.endswith(("_u", "_v"))
+
+
+def stamp(tensor: Tensor) -> tuple[int, int]:
+    """Return what changes when a tensor is written or its memory is replaced; a write through .data goes unnoticed."""
+    part = local(tensor)
+    return part._version, part.data_ptr()
 
 
 RandomStates = list[tuple[torch.device, Tensor]]

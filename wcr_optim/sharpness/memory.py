@@ -12,8 +12,8 @@ from torch import Tensor
 from wcr_optim.layout import flat, local, sum_over_shards
 from wcr_optim.moments import accumulator
 
-# Elements that a CPU's thread works on at a time: what an operation reads again comes from its cache. Up to this size
-# torch uses one thread.
+# Elements that a thread works on at a time, so that what is read again comes from its cache. Up to this size torch uses
+# one thread.
 PIECE = 2**15
 # On other devices, where the launches count: elements in a bucket, which bounds its temporary.
 BUCKET = 2**24
@@ -61,28 +61,26 @@ def norms(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 def copies(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Return copies of this rank's parts."""
-    made = [torch.empty_like(local(t).detach()) for t in tensors]
-    copy_(made, tensors)
-    return made
+    return [local(t).detach().clone() for t in tensors]
 
 
 def copy_(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
     """Copy every source into its target."""
-    for some, others in buckets(targets, sources):
-        torch._foreach_copy_(some, others)
+    if targets:
+        torch._foreach_copy_([local(t).detach() for t in targets], [local(s).detach() for s in sources])
 
 
 def add_(targets: Sequence[Tensor], sources: Sequence[Tensor], factor: float) -> None:
     """Add factor times its source to every target."""
-    for some, others in buckets(targets, sources):
-        torch._foreach_add_(some, others, alpha=factor)
+    if targets:
+        sums = [local(t).detach() for t in targets]
+        torch._foreach_add_(sums, [local(s).detach() for s in sources], alpha=factor)
 
 
 def scale_(targets: Sequence[Tensor], sources: Sequence[Tensor], factor: float) -> None:
     """Set every target to factor times its source."""
-    for some, others in buckets(targets, sources):
-        torch._foreach_copy_(some, others)
-        torch._foreach_mul_(some, factor)
+    for target, source in zip(targets, sources, strict=True):
+        torch.mul(local(source).detach(), factor, out=local(target).detach())
 
 
 def buckets(*columns: Sequence[Tensor]) -> Iterator[tuple[list[Tensor], ...]]:
@@ -113,8 +111,8 @@ def buckets(*columns: Sequence[Tensor]) -> Iterator[tuple[list[Tensor], ...]]:
 def _limit(device: torch.device) -> int:
     if device.type != "cpu":
         return BUCKET
-    # Work that all threads share ends when the last one does. What memory bounds gains so little from a second thread
-    # that waiting for it, on a machine with anything else to do, costs more.
+    # So many short operations gain less from a second thread than waiting for it costs on a machine that has anything
+    # else to do.
     threads = torch.get_num_threads()
     return PIECE * (threads if threads > 2 else 1)
 

@@ -40,8 +40,9 @@ class SAM(TwoPass):
         adaptive: Measure the neighbourhood relative to each weight, as ASAM does. Parameters of fewer than two
             dimensions, biases and norms, are no weights in this respect: a = 1 (default: False).
         eta: Added to |w| in ASAM; its authors use 0.01 (default: 0.0).
-        model: The model, so that the running statistics of its norm layers come from the first pass alone
-            (default: None).
+        model: The model, so that the running statistics of its norm layers, and the power iteration of its spectral
+            norms, come from the first pass alone. Only these layers are kept, as they are now: pickled or copied with
+            the optimizer they bring no other (default: None).
         interval: Take the second pass in every interval-th step only, the first one among them; the steps between are
             the base's own (default: 1).
         same_dropout: Draw the same random numbers in both passes of step(closure), so that dropout has the same mask

@@ -46,6 +46,11 @@ class Slot:
             if p in self._aside:
                 optimizer.state[p][self.key] = self._aside.pop(p)
 
+    @property
+    def waits(self) -> bool:
+        """Whether anything is kept aside."""
+        return bool(self._aside)
+
     def clear(self) -> None:
         """Forget what is kept aside; the state is the optimizer's to replace."""
         self._aside.clear()

@@ -13,12 +13,13 @@ from torch.optim import Optimizer
 
 from wcr_optim.layout import local
 from wcr_optim.pruning.threshold import keep_masks, pruned_count
-from wcr_optim.sharpness.checks import check_count, check_share
+from wcr_optim.sharpness.checks import check_count, check_share, refuse_complex
 from wcr_optim.sharpness.guards import RunningStatistics
 from wcr_optim.sharpness.slots import Slot
 from wcr_optim.sharpness.two_pass import TwoPass
 
 EPS = 1e-7
+MADE = "sparse_sam_made"
 
 
 class SparseSAM(TwoPass):
@@ -49,7 +50,8 @@ class SparseSAM(TwoPass):
     of the perturbed entries, those with the smallest |g|, and takes as many others at random.
 
     Refreshes happen every update_freq steps, with that step's gradient and before its perturbation. Parameters without
-    a gradient are not counted. Masks are saved in the state. Under DDP without reduced first gradients, and with
+    a gradient are not counted. Masks are saved in the state, and so are the sums for the next Fisher mask, one more
+    copy of the parameters, which update_freq=None does without. Under DDP without reduced first gradients, and with
     sharded parameters, each rank has masks of its own, of the entries that it holds.
 
     See `TwoPass` for manual loops, clipping, mixed precision and DistributedDataParallel.
@@ -71,7 +73,7 @@ class SparseSAM(TwoPass):
         scaler: As in `SAM` (default: None).
 
     Raises:
-        TypeError: As `SAM`.
+        TypeError: As `SAM`, or if a parameter of a Fisher mask is complex.
         ValueError: As `SAM`, if a share lies outside [0, 1], a count is below 1, or mask is unknown.
         RuntimeError: As `SAM`.
 
@@ -108,7 +110,7 @@ class SparseSAM(TwoPass):
         self._masks = Slot("sparse_sam_mask")
         self._fisher = Slot("sparse_sam_fisher")
         self._prepared: int | None = None  # the step that masks are ready for
-        super().__init__(base, rho=rho, model=model, same_dropout=same_dropout, scaler=scaler)
+        super().__init__(base, rho=rho, model=model, same_dropout=same_dropout, scaler=scaler, progress={MADE: False})
 
     def update_mask(self, losses: Iterable[Tensor]) -> None:
         """Make a Fisher mask of the squared gradients of single samples' losses.
@@ -128,7 +130,7 @@ class SparseSAM(TwoPass):
             raise ValueError(f"update_mask() makes Fisher masks, and this is SparseSAM with mask={self.mask!r}")
         params = [p for group in self.param_groups for p in group["params"] if p.requires_grad]
         sums: dict[Tensor, Tensor] = {}
-        statistics = RunningStatistics(self.model)
+        statistics = RunningStatistics(self._norm_layers)
         try:
             with torch.enable_grad():
                 for loss in losses:
@@ -144,14 +146,15 @@ class SparseSAM(TwoPass):
         scores = [local(total) for total in sums.values()]
         if not all(bool(score.isfinite().all()) for score in scores):
             raise ValueError("a gradient of the losses is not finite; the mask stays as it is")
-        self._set_masks(list(sums), _largest(scores, self.sparsity))
+        self._set_masks(list(sums), _keep_largest(scores, self.sparsity))
 
     def update(self) -> None:
         """Let the base update the weights."""
         super().update()
-        stepped = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
-        self._masks.settle(self, stepped)
-        self._fisher.settle(self, stepped)
+        stepped = [p for group in self._filled_groups() for p in group["params"] if p.grad is not None]
+        if stepped and self._has_masks():
+            self._note_made()
+        self._hold_places(stepped)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state_dict, masks included; without any in it, they are made anew."""
@@ -178,7 +181,7 @@ class SparseSAM(TwoPass):
         """Collect this step's squared gradients, and refresh the masks if it is time to."""
         step = self._steps()
         params = self._masked()
-        first = all(self._masks.get(self, p) is None for p in params)
+        first = not self._has_masks()
         remaining = 0 if first else self._steps_to_refresh(step)
         if self.mask == "dynamic":
             if remaining == 0:
@@ -192,9 +195,12 @@ class SparseSAM(TwoPass):
                 torch.zeros_like(local(p)) if total is None else local(total)
                 for p, total in zip(params, sums, strict=True)
             ]
-            self._set_masks(params, _largest(scores, self.sparsity))
-            for p in params:
-                self._fisher.drop(self, p)
+            self._set_masks(params, _keep_largest(scores, self.sparsity))
+            for p, total in zip(params, sums, strict=True):
+                if self.update_freq is None:
+                    self._fisher.drop(self, p)
+                elif total is not None:
+                    local(total).zero_()
 
     def _steps_to_refresh(self, step: int) -> float:
         if self.update_freq is None:
@@ -210,10 +216,23 @@ class SparseSAM(TwoPass):
                 local(total).addcmul_(local(p.grad), local(p.grad), value=scale**-2)
                 self._fisher.put(self, p, total)
 
+    def _hold_places(self, stepped: Iterable[Tensor]) -> None:
+        """Give parameters that were stepped without a mask, by a checkpoint loader's probe, the keys of one.
+
+        torch.distributed.checkpoint loads only keys that it finds after such a step; MADE tells that they hold nothing.
+        """
+        for p in stepped:
+            if self._masks.get(self, p) is None:
+                self._masks.put(self, p, torch.zeros_like(p, dtype=torch.bool, requires_grad=False))
+            if self.mask == "fisher" and self.update_freq is not None and self._fisher.get(self, p) is None:
+                self._fisher.put(self, p, torch.zeros_like(p, requires_grad=False))
+        self._masks.settle(self, stepped)
+        self._fisher.settle(self, stepped)
+
     def _start(self, params: Sequence[Tensor], step: int) -> list[Tensor]:
         generator = self._generator(step)
         scores = [torch.rand(local(p).shape, generator=generator).to(local(p).device) for p in params]
-        return _largest(scores, self.sparsity)
+        return _keep_largest(scores, self.sparsity)
 
     def _evolve(self, params: Sequence[Tensor], step: int) -> list[Tensor]:
         """Drop the perturbed entries with the smallest |g|, and take as many others at random."""
@@ -229,8 +248,8 @@ class SparseSAM(TwoPass):
         generator = self._generator(step)
         noise = [torch.rand(int((~mask).sum()), generator=generator).to(mask.device) for mask in masks]
         gradients = [torch.zeros_like(local(p)) if p.grad is None else local(p.grad) for p in params]
-        kept = _largest([g[mask] for g, mask in zip(gradients, masks, strict=True)], dropped / max(live, 1))
-        grown = _largest(noise, 1.0 - (wanted - (live - dropped)) / max(total - live, 1))
+        kept = _keep_largest([g[mask] for g, mask in zip(gradients, masks, strict=True)], dropped / max(live, 1))
+        grown = _keep_largest(noise, 1.0 - (wanted - (live - dropped)) / max(total - live, 1))
         for mask, keep, grow in zip(masks, kept, grown, strict=True):
             places, others = mask.clone(), ~mask
             mask[places] = keep
@@ -248,25 +267,40 @@ class SparseSAM(TwoPass):
         return torch.Generator().manual_seed((self.seed * 1_000_003 + step) % 2**63)
 
     def _masked(self) -> list[Tensor]:
-        """Return the parameters whose entries are chosen from."""
+        """Return the parameters whose entries are chosen from: those with a gradient, in this step or earlier."""
         return [
-            p
-            for group in self.param_groups
-            for p in group["params"]
-            if p.grad is not None or self._masks.get(self, p) is not None
+            p for group in self.param_groups for p in group["params"] if p.grad is not None or self._was_chosen_from(p)
         ]
+
+    def _was_chosen_from(self, p: Tensor) -> bool:
+        found = (slot.get(self, p) for slot in (self._masks, self._fisher))
+        return any(bool(local(value).any()) for value in found if value is not None)  # places held are all zero
 
     def _set_masks(self, params: Sequence[Tensor], masks: Sequence[Tensor]) -> None:
         for p, mask in zip(params, masks, strict=True):
             value = torch.empty_like(p, dtype=torch.bool)
             local(value).copy_(mask)
             self._masks.put(self, p, value)
+        if any(self.state.get(p) for p in params):
+            self._note_made()
+
+    def _has_masks(self) -> bool:
+        return self._masks.waits or any(group[MADE] for group in self._filled_groups())
+
+    def _note_made(self) -> None:
+        for group in self.param_groups:
+            group[MADE] = True
+
+    def _check_group(self, group: Mapping[str, Any], index: int) -> None:
+        super()._check_group(group, index)
+        if self.mask == "fisher":
+            refuse_complex("a Fisher mask", group, index)
 
     def _describe(self) -> str:
         return f"sparsity={self.sparsity}, mask={self.mask!r}"
 
 
-def _largest(scores: Sequence[Tensor], sparsity: float) -> list[Tensor]:
+def _keep_largest(scores: Sequence[Tensor], sparsity: float) -> list[Tensor]:
     """Mark all but the share `sparsity` of scores of smallest magnitude, over all tensors together."""
     named: Mapping[str, Tensor] = {str(index): score for index, score in enumerate(scores)}
     return list(keep_masks(named, sparsity).values())

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from wcr_optim.layout import local
 from wcr_optim.sharpness.checks import check_base, check_rho, gradients, with_gradient
+from wcr_optim.sharpness.guards import stamp
 from wcr_optim.sharpness.memory import copy_, exchange_, exchange_back_, global_norm, norms, scale_
 from wcr_optim.sharpness.slots import Slot
 from wcr_optim.wrapper import Closure, OptimizerWrapper
@@ -34,7 +34,9 @@ class SSAM(OptimizerWrapper):
     and the base steps from w_t with g_t; ||.|| is over all parameters of all groups. The first step is unperturbed,
     and so is the one after gradients that are all zero. A step whose gradient is not finite leaves e as it is.
 
-    With a closure, step(closure) perturbs, runs it and leaves the true weights in place.
+    With a closure, step(closure) perturbs, runs it and leaves the true weights in place. The loss that it returns is
+    the one at w_t + e_t: there is no pass at w_t. An exception in it leaves w_t in place, bit for bit; e_t may then
+    differ in its last bits.
 
     Without one it is a plain swap for the base: backward(), step(), zero_grad(). For your own forward to see w + e,
     *the weights stay perturbed between steps*, and what evaluates, saves or edits them needs the true ones:
@@ -48,7 +50,8 @@ class SSAM(OptimizerWrapper):
 
     Each is safe to call twice, or without the other. Weights edited between eval() and train() get the perturbation
     added. Weights that were loaded or edited while they were perturbed are taken as the true weights, with a warning,
-    since nothing tells the one from the other: the perturbation is then part of what was edited.
+    since nothing tells the one from the other: the perturbation is then part of what was edited. Edits in place through
+    `.data` (`p.data.clamp_()`) cannot be seen, and are lost when the true weights come back; `p.data = ...` is seen.
 
     A checkpoint of model and optimizer may be taken in either state, both of them in the same, and resumes bit for
     bit. Loading one of the bare base starts with an unperturbed step.
@@ -78,7 +81,8 @@ class SSAM(OptimizerWrapper):
     def __init__(self, base: Optimizer, rho: float = 0.05) -> None:
         check_base(type(self).__name__, base)
         self._kept = Slot("ssam")  # e where the true weights are in place, the true weights where they are not
-        self._versions: dict[Tensor, int] = {}  # of perturbed weights, to notice that somebody else wrote them
+        # Of perturbed weights, to notice that somebody else wrote them.
+        self._stamps: dict[Tensor, tuple[int, int]] = {}
         self._gathered = False  # whether .grad holds a gradient that a closure left there
         self._norm = 0.0  # of the last gradient
         super().__init__(base, rho=rho, **{PERTURBED: False})
@@ -104,10 +108,17 @@ class SSAM(OptimizerWrapper):
 
     def update(self) -> None:
         """Let the base update the true weights; in a loop without closures, perturb them for the next forward."""
-        super().update()
-        self._kept.settle(self, (p for group in self.param_groups for p in group["params"] if p.grad is not None))
-        if not self._gathered and self._norm != 0.0:
-            self._perturb()
+        try:
+            super().update()
+            self._kept.settle(self, (p for group in self.param_groups for p in group["params"] if p.grad is not None))
+            if not self._gathered and self._norm != 0.0:
+                self._perturb()
+        finally:
+            self._gathered = False
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear the gradients, as torch.optim.Optimizer.zero_grad; what a closure left is then no longer waiting."""
+        super().zero_grad(set_to_none)
         self._gathered = False
 
     def eval(self) -> None:
@@ -146,7 +157,7 @@ class SSAM(OptimizerWrapper):
                 self._perturb()
             raise
         self._kept.clear()
-        self._versions.clear()
+        self._stamps.clear()
         self._gathered = False
 
     @torch.no_grad()
@@ -161,7 +172,7 @@ class SSAM(OptimizerWrapper):
         except BaseException:
             self._forget(groups, params)
             raise
-        self._versions.update((p, local(p)._version) for p in params)
+        self._stamps.update((p, stamp(p)) for p in params)
 
     @torch.no_grad()
     def _return(self, quietly: bool = False) -> None:
@@ -176,7 +187,7 @@ class SSAM(OptimizerWrapper):
         except BaseException:
             self._forget(groups, params)
             raise
-        self._versions.clear()
+        self._stamps.clear()
 
     @torch.no_grad()
     def _keep(self) -> None:
@@ -195,7 +206,7 @@ class SSAM(OptimizerWrapper):
         copy_(params, kept)
         buffers = {p: self._kept.get(self, p) for group in self.param_groups for p in group["params"]}
         self._forget(perturbed, buffers)  # until they hold the new perturbation: an interruption finds none
-        self._versions.clear()
+        self._stamps.clear()
         for group, params in zip(self.param_groups, members, strict=True):
             length = float(group["rho"]) / (norm + EPS)
             perturbations = [_buffer(buffers[p], p) for p in params]
@@ -211,15 +222,10 @@ class SSAM(OptimizerWrapper):
 
     def _adopt(self, groups: Sequence[Mapping[str, Any]], quietly: bool = False) -> None:
         """Take perturbed weights that somebody else wrote as the true ones."""
-        written = [
-            p
-            for group in groups
-            for p in group["params"]
-            if p in self._versions and local(p)._version != self._versions[p]
-        ]
+        written = [p for group in groups for p in group["params"] if p in self._stamps and stamp(p) != self._stamps[p]]
         for p in written:
             self._kept.drop(self, p)
-            del self._versions[p]
+            del self._stamps[p]
         if written and not quietly:
             warnings.warn(
                 f"{len(written)} parameters were written while they held SSAM's perturbation, and are taken as the "
@@ -238,8 +244,13 @@ class SSAM(OptimizerWrapper):
         super()._check_group(group, index)
         check_rho(group, index)
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return the base's state_dict, which says whether the weights are perturbed."""
+        self._fill_options()  # which makes a rho that a schedule has set since a plain number
+        return super().state_dict()
+
     def __getstate__(self) -> dict[str, Any]:
-        return super().__getstate__() | {"_versions": {}}  # counted anew in the copies
+        return super().__getstate__() | {"_stamps": {}}  # counted anew in the copies
 
 
 def _buffer(present: Tensor | None, p: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from torch.utils.hooks import RemovableHandle
 
 from wcr_optim.layout import local
 from wcr_optim.sharpness.checks import check_base, check_model, check_rho, gradients, with_gradient
-from wcr_optim.sharpness.guards import RunningStatistics, random_numbers_repeated, random_states
+from wcr_optim.sharpness.guards import RunningStatistics, random_numbers_repeated, random_states, stamp, with_statistics
 from wcr_optim.sharpness.memory import copies, copy_, global_norm, norms
 from wcr_optim.wrapper import Closure, OptimizerWrapper
 
@@ -28,14 +28,20 @@ class SecondPass:
 
     Args:
         params: The parameters that it moves.
-        model: The model whose running statistics it must not touch, or None.
+        modules: The modules whose running statistics it must not touch.
     """
 
-    def __init__(self, params: Sequence[Tensor], model: nn.Module | None) -> None:
+    def __init__(self, params: Sequence[Tensor], modules: Sequence[nn.Module]) -> None:
         self.params = list(params)
         self.others = copies(self.params)
         self.away = True
-        self._statistics = RunningStatistics(model)
+        self._stamps: list[tuple[int, int]] = []
+        self._statistics = RunningStatistics(modules)
+        self.note()
+
+    def note(self) -> None:
+        """Take the weights that are in place as written by this pass."""
+        self._stamps = [stamp(p) for p in self.params]
 
     def swap(self) -> None:
         """Put the true weights in place of the perturbed ones, or the other way around."""
@@ -43,12 +49,23 @@ class SecondPass:
         copy_(self.params, self.others)
         self.others = here
         self.away = not self.away
+        self.note()
 
     def restore(self) -> None:
         """Put everything back."""
         if self.away:
             copy_(self.params, self.others)
         self._statistics.restore()
+
+    def keep_written(self) -> None:
+        """Have `restore` leave alone what somebody else wrote since: weights of a checkpoint, loaded meanwhile."""
+        rows = zip(self.params, self.others, self._stamps, strict=True)
+        kept = [(p, other, noted) for p, other, noted in rows if stamp(p) == noted]
+        if len(kept) < len(self.params):
+            self._statistics = RunningStatistics(())  # which came with the weights
+        self.params = [p for p, _, _ in kept]
+        self.others = [other for _, other, _ in kept]
+        self._stamps = [noted for _, _, noted in kept]
 
 
 class TwoPass(OptimizerWrapper):
@@ -115,17 +132,19 @@ class TwoPass(OptimizerWrapper):
         model: nn.Module | None,
         same_dropout: bool,
         scaler: GradScaler | None,
+        progress: Mapping[str, Any] | None = None,
     ) -> None:
         name = type(self).__name__
         check_base(name, base)
         check_model(name, model)
-        self.model = model
+        self._norm_layers = with_statistics(model)  # the model itself would be pickled and copied with the optimizer
         self.same_dropout = same_dropout
         self.scaler = scaler
         self._second: SecondPass | None = None
         self._gathered = False  # whether .grad holds the final gradient, by the work of both passes
         self._overflow: list[RemovableHandle] | None = None
-        super().__init__(base, rho=rho, **{COUNTER: 0})
+        self._progress = {COUNTER: 0, **(progress or {})}  # keys in the groups that say how far the training has come
+        super().__init__(base, rho=rho, **self._progress)
 
     @property
     def needs_reduction(self) -> bool:
@@ -157,11 +176,15 @@ class TwoPass(OptimizerWrapper):
             raise
         return loss
 
-    def first_step(self) -> bool:
+    def first_step(self, zero_grad: bool = False) -> bool:
         """Move the weights by the first pass's gradient.
 
+        Args:
+            zero_grad: Clear the gradients afterwards, for the second pass to add its own (default: False).
+
         Returns:
-            Whether the second pass differs from the first. If not, it may be left out.
+            Whether the second pass differs from the first. If not, it may be left out, where the gradients were not
+            cleared.
 
         Raises:
             RuntimeError: If the last first_step() still waits for its second_step().
@@ -172,25 +195,42 @@ class TwoPass(OptimizerWrapper):
         self._check_groups()
         self._gathered = False
         try:
-            return self._begin()
+            due = self._begin()
+            if zero_grad:
+                self.zero_grad()
         except BaseException:
             self._give_up()
             raise
+        return due
 
     def _check_second_step(self) -> None:
         if self._second is None and not self._gathered:
             raise RuntimeError("second_step() ends what first_step() begins; call that first")
-        if self._second is not None and self.scaler is not None and self.scaler.is_enabled():
-            raise RuntimeError("the gradients are scaled: call gather(), then scaler.step(optimizer)")
+        if self._second is not None:
+            self._check_unscaled("gather()")
+
+    def _check_step_with_closure(self) -> None:
+        self._check_unscaled("gather(closure)")
+
+    def _check_unscaled(self, instead: str) -> None:
+        if self.scaler is not None and self.scaler.is_enabled():
+            raise RuntimeError(f"the gradients are scaled: call {instead}, then scaler.step(optimizer)")
 
     def update(self) -> None:
         """Let the base update the weights."""
-        super().update()
-        if self._gathered:
-            steps = self._steps() + 1
-            for group in self.param_groups:
-                group[COUNTER] = steps
+        try:
+            super().update()
+            if self._gathered:
+                steps = self._steps() + 1
+                for group in self.param_groups:
+                    group[COUNTER] = steps
+        finally:
             self._gathered = False
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear the gradients, as torch.optim.Optimizer.zero_grad; what `gather` left is then no longer waiting."""
+        super().zero_grad(set_to_none)
+        self._gathered = False
 
     def eval(self) -> None:
         """Bring the true weights into place."""
@@ -218,6 +258,21 @@ class TwoPass(OptimizerWrapper):
             if second is not None and away and second is self._second and not second.away:
                 second.swap()
 
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state_dict; a bare base's starts with step 0.
+
+        A second pass that `first_step` began is given up: the true weights come back, but for those that were written
+        since then, a checkpoint's.
+        """
+        super().load_state_dict(state_dict)
+        for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
+            group.update((key, value) for key, value in self._progress.items() if key not in saved)
+        if self._second is not None:
+            self._second.keep_written()
+            self._end(self._second)
+        self._gathered = False
+
     def _is_due(self) -> bool:
         """Whether this step has a second pass."""
         return True
@@ -243,15 +298,16 @@ class TwoPass(OptimizerWrapper):
     def _begin(self) -> bool:
         """Move the weights, if this step has a second pass."""
         if not self._is_due():
-            self._second = SecondPass([], self.model)
+            self._second = SecondPass([], self._norm_layers)
             return False
         params = [with_gradient(group) for group in self.param_groups]
         everywhere = [p for group in params for p in group]
         scale = 1.0 if self.scaler is None else self.scaler.get_scale()
         norm = self._norm(everywhere) / scale
-        self._second = SecondPass(everywhere, self.model)
+        self._second = SecondPass(everywhere, self._norm_layers)
         if math.isfinite(norm):
             self._perturb(params, norm, scale)
+            self._second.note()
         else:
             # The step has to be skipped, by whoever checks the final gradient: so that is not finite either. DDP
             # reduces what leaves autograd, and a gradient that is NaN by then lets all ranks skip it together.
@@ -311,8 +367,18 @@ class TwoPass(OptimizerWrapper):
         super()._check_group(group, index)
         check_rho(group, index)
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return the base's state_dict, that of the last whole step."""
+        self._fill_options()  # which makes a rho that a schedule has set since a plain number
+        return super().state_dict()
+
     def __getstate__(self) -> dict[str, Any]:
         return super().__getstate__() | {"_overflow": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if self._second is not None:
+            self._second.note()
 
 
 def _make_gradient_nan(p: Tensor) -> RemovableHandle:
