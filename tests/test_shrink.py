@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import plain_shrink
 
-from wcr_optim.moments import CHUNK
+from wcr_optim.moments import CHUNK, SMALL
 from wcr_optim.shrink import shrink_, stochastic_round
 
 
@@ -58,11 +58,17 @@ def test_nan_and_inf_pass_and_are_never_made():
     assert out[3:].isfinite().all()
 
 
-def test_float16_overflow_stays_finite():
-    w = torch.tensor([65000.0, -65504.0, math.inf], dtype=torch.float16)
-    for seed in (None, 3):
-        out = shrink(w.clone(), 1.1, 0.0, seed=seed)
-        assert out.tolist() == [65504.0, -65504.0, math.inf]
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("size", [5, 2 * SMALL])
+@pytest.mark.parametrize("seed", [None, 3])
+def test_low_precision_overflow_stays_finite(dtype, size, seed):
+    limit = torch.finfo(dtype).max
+    w = torch.zeros(size, dtype=dtype)
+    w[:5] = torch.tensor([0.999 * limit, -limit, math.inf, -math.inf, math.nan])
+    out = shrink(w, 1.1, 0.0, seed=seed)
+    assert out[:4].tolist() == [limit, -limit, math.inf, -math.inf]
+    assert out[4].isnan()
+    assert (out[5:] == 0).all()
 
 
 def test_no_change_is_no_change_bit_for_bit():

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from wcr_optim import backends
+from wcr_optim.fused import FusedUpdate
 from wcr_optim.layout import local
-from wcr_optim.moments import Moments, accumulator, counts, moments
+from wcr_optim.moments import Moments, accumulator, counts, moments, of_sums
 from wcr_optim.penalties import L1, L2, HoyerSquare, InverseVariance, Penalty, Relative, ScaleFree
 from wcr_optim.shrink import shrink_
+from wcr_optim.uploads import select
 from wcr_optim.wrapper import OptimizerWrapper
 
-BACKENDS = ("auto", "eager")
 ROUNDING_SEED = "rounding_seed"
 
 
@@ -45,12 +47,13 @@ class Decoupled(OptimizerWrapper):
         penalty: The penalty, an instance such as `penalties.L1()`.
         strength: Default strength, not negative, a number or a tensor of one element.
         stochastic_rounding: Whether to round weights of less than 32 bits stochastically (default: True).
-        backend: How moments and shrink are computed, "auto" or "eager" (default: "auto").
+        backend: How moments and shrink are computed: "auto", "eager", "compiled" or "triton", see `backends`
+            (default: "auto").
 
     Raises:
         TypeError: If base or penalty is no instance, or a weight under the penalty is complex, sparse or no float.
         ValueError: If a strength is negative, NaN, infinite or has several elements, a group is empty or has no lr,
-            or another wrapper around the base has the same option.
+            another wrapper around the base has the same option, or the backend asked for cannot run.
 
     Source:
         The idea of decoupling: Loshchilov & Hutter, "Decoupled Weight Decay Regularization", ICLR 2019.
@@ -63,60 +66,104 @@ class Decoupled(OptimizerWrapper):
         base: Optimizer,
         penalty: Penalty,
         strength: float | Tensor,
+        backend: str = "auto",
         *,
         stochastic_rounding: bool = True,
-        backend: str = "auto",
     ) -> None:
         if not isinstance(penalty, Penalty):
             kind = f"the class {penalty.__name__}" if isinstance(penalty, type) else f"{penalty!r}"
             raise TypeError(f"penalty must be an instance of penalties.Penalty such as penalties.L1(), got {kind}")
-        if backend not in BACKENDS:
-            raise ValueError(f"unknown backend {backend!r}; choose one of {', '.join(map(repr, BACKENDS))}")
+        backends.check(backend)
         self.penalty = penalty
         self.stochastic_rounding = stochastic_rounding
         self.backend = backend
         super().__init__(base, **{penalty.option: strength})
 
     def update(self) -> None:
-        """Apply the penalty, then the base's update."""
-        self._regularize()
-        super().update()
+        """Apply the penalty, then the base's update, in one pass over the weights where the base can fuse them."""
+        try:
+            if torch.compiler.is_compiling() and self._rounds():
+                # Fresh random bits at every step are nothing that a graph can hold.
+                torch.compiler.disable(self._regularize)()  # type: ignore[no-untyped-call]
+            else:
+                self._regularize()
+            super().update()
+        finally:
+            if isinstance(self.base, FusedUpdate):
+                self.base.forget()
 
     def _regularize(self) -> None:
         weights: defaultdict[torch.device, list[Tensor]] = defaultdict(list)
-        lengths: defaultdict[torch.device, list[float | Tensor]] = defaultdict(list)
+        lengths: defaultdict[torch.device, list[Tensor]] = defaultdict(list)
         for index, group in enumerate(self._filled_groups()):
             self._check_group(group, index)
             s = group["lr"] * group[self.penalty.option]
-            if (not isinstance(s, Tensor) or s.device.type == "cpu") and s == 0:
+            if _is_zero(s):
                 continue
-            for w in self._regularized(group):
-                device = local(w).device
-                weights[device].append(w)
-                lengths[device].append(s)
-        seed = self._next_seed(weights)
+            for device, layers in self._regularized(group).items():
+                weights[device] += layers
+                lengths[device].append(_repeat(s, len(layers), device))
+        chosen = {device: backends.choose(self.backend, device, layers) for device, layers in weights.items()}
+        seed = self._next_seed(weights, chosen)
         for device, layers in weights.items():
-            gain, threshold = self.penalty.flow(self._moments(layers), _stack(lengths[device], device))
-            shrink_(layers, gain, threshold, seed=seed)
+            backend = chosen[device]
+            gain, threshold = self.penalty.flow(self._moments(layers, backend), torch.cat(lengths[device]))
+            rest = list(range(len(layers)))
+            if isinstance(self.base, FusedUpdate) and not torch.compiler.is_compiling():
+                rest = self.base.take_over(layers, gain, threshold, seed, backend)
+            if rest:
+                left = [layers[i] for i in rest]
+                shrink_(left, select(gain, rest), select(threshold, rest), seed=seed, backend=backend)
 
-    def _regularized(self, group: Mapping[str, Any]) -> list[Tensor]:
+    def _regularized(self, group: Mapping[str, Any]) -> dict[torch.device, list[Tensor]]:
         min_ndim = group.get("min_ndim", self.penalty.min_ndim)
-        return [p for p in group["params"] if p.grad is not None and p.ndim >= min_ndim]
+        layers: dict[torch.device, list[Tensor]] = {}
+        for w in group["params"]:
+            if w.grad is not None and w.ndim >= min_ndim:
+                layers.setdefault(local(w).device, []).append(w)
+        return layers
 
-    def _moments(self, layers: list[Tensor]) -> Moments:
+    def _moments(self, layers: list[Tensor], backend: str) -> Moments:
         if self.penalty.uses_moments:
-            return moments(layers)
+            if isinstance(self.base, FusedUpdate) and not torch.compiler.is_compiling():
+                return of_sums(self.base.sums(layers, backend), layers)
+            return moments(layers, backend=backend)
         n = counts(layers)
         return Moments(n, torch.zeros_like(n), torch.zeros_like(n))
 
-    def _next_seed(self, weights: Mapping[torch.device, list[Tensor]]) -> int | None:
+    def _rounds(self) -> bool:
+        narrow = any(w.element_size() < 4 for group in self.param_groups for w in group["params"])
+        return self.stochastic_rounding and narrow
+
+    def _next_seed(
+        self, weights: Mapping[torch.device, list[Tensor]], chosen: Mapping[torch.device, str]
+    ) -> int | Tensor | None:
         """Advance the counter of stochastic rounding, if any weight will be rounded."""
-        if not self.stochastic_rounding or all(w.element_size() >= 4 for layers in weights.values() for w in layers):
+        narrow = [d for d, layers in weights.items() if any(w.element_size() < 4 for w in layers)]
+        if not self.stochastic_rounding or not narrow:
             return None
-        seed: int = max(group.get(ROUNDING_SEED, 0) for group in self.param_groups)
+        counters = [group.get(ROUNDING_SEED, 0) for group in self.param_groups]
+        live = [d for d in narrow if chosen[d] == "triton"]
+        seed: int | Tensor
+        following: int | Tensor
+        if live:  # on the device, where a CUDA graph advances it at every replay
+            started = [c for c in counters if isinstance(c, Tensor)]
+            following = started[0].to(live[0]) if started else torch.tensor(max(counters), device=live[0])
+            seed = following.clone()
+            following.add_(1)
+        else:
+            seed = max(map(int, counters))
+            following = seed + 1
         for group in self.param_groups:
-            group[ROUNDING_SEED] = seed + 1
+            group[ROUNDING_SEED] = following
         return seed
+
+    def _fill_options(self, present: Sequence[Mapping[str, Any]] = ()) -> None:
+        super()._fill_options(present)
+        if self._rounds():
+            # From the start, so that a checkpoint that is loaded through a template (DCP) finds a place for it.
+            for group in self.param_groups:
+                group.setdefault(ROUNDING_SEED, 0)
 
     def _check_group(self, group: Mapping[str, Any], index: int) -> None:
         super()._check_group(group, index)
@@ -144,6 +191,8 @@ class Decoupled(OptimizerWrapper):
             w = p[1] if isinstance(p, tuple) else p  # torch takes (name, parameter) pairs too
             if isinstance(w, Tensor) and w.ndim >= group.get("min_ndim", self.penalty.min_ndim):
                 _check_weight(w, f"{option} in {where}")
+                if self.backend not in ("auto", "eager"):
+                    backends.check_available(self.backend, w.device)
 
     def _describe(self) -> str:
         return repr(self.penalty)
@@ -165,7 +214,8 @@ class WCR(Decoupled):
         eps: Added to V in the preprint's form; the scale-free form has none (default: 1e-8).
         max_growth: Bound on a weight's growth in one step, gain <= 1 + max_growth (default: 0.1).
         stochastic_rounding: Whether to round weights of less than 32 bits stochastically (default: True).
-        backend: How moments and shrink are computed, "auto" or "eager" (default: "auto").
+        backend: How moments and shrink are computed: "auto", "eager", "compiled" or "triton", see `backends`
+            (default: "auto").
 
     Raises:
         TypeError: As `Decoupled`.
@@ -197,7 +247,7 @@ class L1Decay(Decoupled):
         base: The optimizer instance to wrap.
         l1_decay: Default strength; also the key in the groups (default: 1e-4).
         stochastic_rounding: Whether to round weights of less than 32 bits stochastically (default: True).
-        backend: How the step is computed, "auto" or "eager" (default: "auto").
+        backend: How the step is computed: "auto", "eager", "compiled" or "triton" (default: "auto").
     """
 
     def __init__(
@@ -220,7 +270,7 @@ class L2Decay(Decoupled):
         base: The optimizer instance to wrap.
         l2_decay: Default strength; also the key in the groups (default: 1e-2).
         stochastic_rounding: Whether to round weights of less than 32 bits stochastically (default: True).
-        backend: How the step is computed, "auto" or "eager" (default: "auto").
+        backend: How the step is computed: "auto", "eager", "compiled" or "triton" (default: "auto").
     """
 
     def __init__(
@@ -242,7 +292,8 @@ class HoyerDecay(Decoupled):
         hoyer_decay: Default strength; also the key in the groups (default: 1e-3).
         max_growth: Bound on a weight's growth in one step, gain <= 1 + max_growth (default: 0.1).
         stochastic_rounding: Whether to round weights of less than 32 bits stochastically (default: True).
-        backend: How moments and shrink are computed, "auto" or "eager" (default: "auto").
+        backend: How moments and shrink are computed: "auto", "eager", "compiled" or "triton", see `backends`
+            (default: "auto").
     """
 
     def __init__(
@@ -280,9 +331,18 @@ def _check_weight(w: Tensor, where: str) -> None:
         )
 
 
-def _stack(lengths: list[float | Tensor], device: torch.device) -> Tensor:
-    """Gather step lengths, one per layer, in the precision of the moments."""
+def _is_zero(s: float | Tensor) -> bool:
+    """Return whether a step length is known to be zero without waiting for a device or for what is being traced."""
+    if torch.compiler.is_compiling() or (isinstance(s, Tensor) and s.device.type != "cpu"):
+        return False
+    return bool(s == 0)
+
+
+def _repeat(s: float | Tensor, layers: int, device: torch.device) -> Tensor:
+    """Give each of a group's layers its step length, in the moments' precision, without waiting for the device."""
     dtype = accumulator(device)
-    if not any(isinstance(s, Tensor) for s in lengths):
-        return torch.tensor(lengths, dtype=dtype, device=device)
-    return torch.stack([torch.as_tensor(s, dtype=dtype, device=device).reshape(()) for s in lengths])
+    if isinstance(s, Tensor):
+        s = s.reshape(()) if s.device.type == "cpu" else s.to(device).reshape(())
+    # A number travels in the kernel's arguments. torch.compile keeps a factor variable, where torch.full would make it
+    # a constant and each new lr a new graph.
+    return torch.ones(layers, dtype=dtype, device=device) * s

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -40,7 +40,25 @@ def flat(tensor: Tensor) -> Tensor:
     Penalties ask only for sums over a layer and for elementwise writes, so the order of the elements is free, and
     channels_last or transposed weights need no copy.
     """
-    return in_memory_order(tensor).reshape(-1)
+    return tensor.view(-1) if tensor.is_contiguous() else in_memory_order(tensor).reshape(-1)
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Return whether the elements fill a stretch of memory without gaps, in any order: `flat` then copies nothing."""
+    return tensor.is_contiguous() or in_memory_order(tensor).is_contiguous()
+
+
+def pieces(tensor: Tensor, limit: int) -> Iterator[Tensor]:
+    """Cut a tensor into views of at most `limit` elements, in memory order; 1-D ones where the memory has no gaps."""
+    if is_dense(tensor):
+        yield from torch.split(flat(tensor), limit)
+        return
+    ordered = in_memory_order(tensor)
+    if ordered.numel() <= limit:
+        yield ordered
+        return
+    for part in torch.split(ordered, max(1, limit // ordered[0].numel())):
+        yield from pieces(part[0] if part.shape[0] == 1 else part, limit)
 
 
 def sum_over_shards(sums: Tensor, tensors: Sequence[Tensor]) -> Tensor:

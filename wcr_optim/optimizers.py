@@ -7,12 +7,14 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from wcr_optim.decoupled import WCR
+from wcr_optim.fused import FusedAdamW, FusedSGD
 
 
 class SGD(WCR):
     """torch.optim.SGD with decoupled weight concentration.
 
-    All arguments of torch.optim.SGD with their defaults, and
+    All arguments of torch.optim.SGD with their defaults; with `fused=True` one kernel shrinks, updates and measures
+    the weights, see `fused`. And
 
     Args:
         weight_concentration: Strength of WCR; 0 is torch.optim.SGD, bit for bit (default: 0.0).
@@ -35,7 +37,7 @@ class SGD(WCR):
         weight_concentration: float | Tensor = 0.0,
         form: str = "inverse_variance",
     ) -> None:
-        base = torch.optim.SGD(
+        base = (FusedSGD if fused else torch.optim.SGD)(
             params,
             lr,
             momentum,
@@ -53,7 +55,8 @@ class SGD(WCR):
 class AdamW(WCR):
     """torch.optim.AdamW with decoupled weight concentration.
 
-    All arguments of torch.optim.AdamW with their defaults, and
+    All arguments of torch.optim.AdamW with their defaults; with `fused=True` one kernel shrinks, updates and measures
+    the weights, see `fused`. And
 
     Args:
         weight_concentration: Strength of WCR; 0 is torch.optim.AdamW, bit for bit (default: 0.0).
@@ -77,7 +80,7 @@ class AdamW(WCR):
         weight_concentration: float | Tensor = 0.0,
         form: str = "inverse_variance",
     ) -> None:
-        base = torch.optim.AdamW(
+        base = (FusedAdamW if fused else torch.optim.AdamW)(
             params,
             lr,
             betas,

@@ -2,24 +2,39 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from wcr_optim.layout import flat, in_memory_order, local
-from wcr_optim.moments import CHUNK
+from wcr_optim import backends
+from wcr_optim.layout import local, pieces
+from wcr_optim.moments import CHUNK, SMALL, chunk_buffer, compute_dtype
+from wcr_optim.packing import ROW, Packed, batches
+from wcr_optim.rounding import Noise, round_to, saturate, stochastic_round
+
+__all__ = ["eager_shrink_", "shrink_", "stochastic_round"]
+
+# Elsewhere than on the CPU there is no cache to fit, and a chunk only bounds the temporaries.
+DEVICE_CHUNK = 2**24
 
 
 @torch.no_grad()
-def shrink_(tensors: Iterable[Tensor], gain: Tensor, threshold: Tensor, *, seed: int | None = None) -> None:
+def shrink_(
+    tensors: Iterable[Tensor],
+    gain: Tensor,
+    threshold: Tensor,
+    *,
+    seed: int | Tensor | None = None,
+    backend: str = "eager",
+) -> None:
     """Shrink every tensor in place: w <- gain * sign(w) * max(|w| - threshold, 0).
 
     One pass over memory, no temporary larger than a chunk. NaN stays NaN, an infinity stays itself, and neither is
-    ever created. Weights of less than 32 bits are computed in float32: a relative change of 1e-4 lies below bfloat16's
-    resolution and would be lost to rounding each time, so they can be rounded stochastically.
+    ever created, but for a gain of 0 (l2 at lr * strength >= 1) on an infinity, or one that carries a float32 weight
+    out of range. Narrower weights are computed in float32: a relative change of 1e-4 lies below bfloat16's resolution
+    and would be lost to rounding each time, so they can be rounded stochastically.
 
     Args:
         tensors: Weights of any floating dtype, shape and strides, all on one device; a DTensor's local part is
@@ -27,69 +42,81 @@ def shrink_(tensors: Iterable[Tensor], gain: Tensor, threshold: Tensor, *, seed:
         gain: Factors, shape (layers,).
         threshold: Thresholds, shape (layers,), in units of a weight, not negative.
         seed: Rounds bfloat16 and float16 weights stochastically, reproducibly for equal seeds; None rounds them to
-            nearest (default: None).
+            nearest (default: None). A tensor on their device is read there, by the "triton" backend without waiting.
+        backend: "eager", "compiled" or "triton", see `backends` (default: "eager").
 
     """
-    layers = [local(w) for w in tensors]
+    parts = [local(w) for w in tensors]
+    if not parts:
+        return
+    if torch.compiler.is_compiling():
+        traced_shrink_(parts, gain, threshold)
+    elif backend == "eager":
+        eager_shrink_(parts, gain, threshold, make_noise(parts, seed))
+    else:
+        backends.implementation(backend).shrink_(parts, gain, threshold, seed)
+
+
+def eager_shrink_(parts: Sequence[Tensor], gain: Tensor, threshold: Tensor, noise: Noise | None) -> None:
+    """`shrink_` of plain tensors with torch's own kernels."""
+    if parts[0].device.type != "cpu":
+        for w, g, t in zip(parts, gain.unbind(), threshold.unbind(), strict=True):
+            for piece in pieces(w, DEVICE_CHUNK):
+                shrink_piece_(piece, g, t, None, noise)
+        return
     # On the CPU plain numbers are free and tell which layers need no pass at all; elsewhere reading them would wait
     # for the device.
-    on_cpu = gain.device.type == "cpu"
-    gains = gain.tolist() if on_cpu else gain.unbind()
-    thresholds = threshold.tolist() if on_cpu else threshold.unbind()
-    for layer, (weights, g, t) in enumerate(zip(layers, gains, thresholds, strict=True)):
-        if on_cpu and g == 1.0 and t == 0.0:
-            continue
-        memory = flat(weights)
-        generator = _generator(weights, seed, layer)
-        for chunk in torch.split(memory, CHUNK):
-            _shrink_chunk(chunk, g, t, generator)
-        if memory.data_ptr() != weights.data_ptr():  # the memory has gaps, so flat() had to copy
-            ordered = in_memory_order(weights)
-            ordered.copy_(memory.view(ordered.shape))
+    scalars = list(zip(gain.tolist(), threshold.tolist(), strict=True))
+    changing = [i for i, pair in enumerate(scalars) if pair != (1.0, 0.0)]
+    buffers: dict[torch.dtype, Tensor] = {}
+    for batch in batches(parts, changing, SMALL, CHUNK):
+        if batch.packed:
+            layers = [parts[i] for i in batch.layers]
+            _shrink_packed(layers, gain[batch.layers], threshold[batch.layers], noise)
+        else:
+            (i,) = batch.layers
+            for piece in pieces(parts[i], CHUNK):
+                shrink_piece_(piece, *scalars[i], chunk_buffer(parts[i], buffers), noise)
 
 
-def _shrink_chunk(chunk: Tensor, gain: Any, threshold: Any, generator: torch.Generator | None) -> None:
-    w = chunk if chunk.dtype in (torch.float32, torch.float64) else chunk.float()
-    if not (isinstance(threshold, float) and threshold == 0.0):
-        w.sub_(w.clamp(-threshold, threshold))  # |w| - threshold beyond the threshold, exactly zero within it
-    w.mul_(gain)
-    if w is not chunk:
-        chunk.copy_(_round(w, chunk.dtype, generator))
+def traced_shrink_(parts: Sequence[Tensor], gain: Tensor, threshold: Tensor) -> None:
+    """`shrink_` as torch.compile can trace and fuse it: no numbers read, no chunks; rounds to nearest."""
+    for w, g, t in zip(parts, gain.unbind(), threshold.unbind(), strict=True):
+        x = w.to(compute_dtype(w))
+        x = (x - x.clamp(-t, t)) * g
+        w.copy_(saturate(x, w.dtype, w) if w.element_size() < 4 else x)
 
 
-def _generator(weights: Tensor, seed: int | None, layer: int) -> torch.Generator | None:
-    if seed is None or weights.element_size() >= 4:
+def make_noise(parts: Sequence[Tensor], seed: int | Tensor | None) -> Noise | None:
+    """Prepare stochastic rounding where a seed asks for it and there is something to round."""
+    narrow = [w.numel() for w in parts if w.element_size() < 4]
+    if seed is None or not narrow:
         return None
-    return torch.Generator(weights.device).manual_seed((seed * 1_000_003 + layer) % 2**63)
+    device = parts[0].device
+    limit = CHUNK if device.type == "cpu" else DEVICE_CHUNK
+    # Small layers come packed together, so a request can be as large as all of them.
+    return Noise(int(seed), min(limit, sum(narrow) + ROW * len(narrow)), device)
 
 
-def _round(w: Tensor, dtype: torch.dtype, generator: torch.Generator | None) -> Tensor:
-    """Bring float32 values onto the grid of a narrower dtype, without making an infinity of a large weight."""
-    limit = torch.finfo(dtype).max
-    rounded = w if generator is None else stochastic_round(w, dtype, generator)
-    return torch.where(w.isfinite(), rounded.clamp(-limit, limit), w).to(dtype)
+def shrink_piece_(piece: Tensor, gain: Any, threshold: Any, buffer: Tensor | None, noise: Noise | None) -> None:
+    """`shrink_` of a piece of a layer, given numbers or tensors of shape ()."""
+    dtype = compute_dtype(piece)
+    w = piece if piece.dtype == dtype else piece.to(dtype)
+    if not (isinstance(threshold, float) and threshold == 0.0):
+        out = None if buffer is None else buffer[: w.numel()].view(w.shape)
+        # |w| - threshold beyond the threshold, exactly zero within it
+        w.sub_(torch.clamp(w, -threshold, threshold, out=out))
+    if not (isinstance(gain, float) and gain == 1.0):
+        w.mul_(gain)
+    if w is not piece:
+        piece.copy_(round_to(w, piece.dtype, noise, piece))
 
 
-def stochastic_round(w: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
-    """Round float32 values to neighbours on the grid of a narrower dtype so that the mean is kept.
-
-    With u the spacing of the grid around w, returns u * floor(w / u + z), where z is uniform on [0, 1) in steps of the
-    finest bit that dtype drops. Values on the grid stay, exactly.
-
-    Args:
-        w: Finite values, float32, any shape.
-        dtype: torch.bfloat16 or torch.float16.
-        generator: Source of z, on w's device.
-
-    Returns:
-        Values on dtype's grid, float32, w's shape.
-
-    """
-    info = torch.finfo(dtype)
-    mantissa = -round(math.log2(info.eps))
-    # Subnormal numbers are evenly spaced. The second bound keeps 2^-exponent finite in float32.
-    finest = max(round(math.log2(info.smallest_normal)) - mantissa, -126)
-    exponent = (torch.frexp(w).exponent - 1 - mantissa).clamp(min=finest)
-    steps = 2 ** (23 - mantissa)
-    z = torch.randint(steps, w.shape, generator=generator, device=w.device, dtype=torch.int32) / steps
-    return torch.ldexp((torch.ldexp(w, -exponent) + z).floor(), exponent)
+def _shrink_packed(layers: Sequence[Tensor], gain: Tensor, threshold: Tensor, noise: Noise | None) -> None:
+    dtype = compute_dtype(layers[0])
+    packed = Packed(layers, dtype)
+    t = threshold.to(dtype)[packed.layer].unsqueeze(1)
+    before = packed.rows
+    w = (before - before.clamp(-t, t)).mul_(gain.to(dtype)[packed.layer].unsqueeze(1))
+    before.copy_(w if layers[0].dtype == dtype else round_to(w, layers[0].dtype, noise, before))
+    packed.write_back()

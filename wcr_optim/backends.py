@@ -1,0 +1,95 @@
+"""Which implementation of moments and shrink runs: torch's own kernels, compiled ones, or Triton's.
+
+| backend | where | what |
+|---|---|---|
+| "eager" | anywhere | torch's kernels, on the CPU over chunks that stay in cache |
+| "compiled" | CPU with a C++ compiler | two small functions through torch.compile: one read, one read and write |
+| "triton" | CUDA with Triton | all layers in one launch, nothing waits for the device |
+| "auto" | anywhere | "compiled" for large models on the CPU, else "eager" |
+
+All give the same numbers up to rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib import import_module, util
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+BACKENDS = ("auto", "eager", "compiled", "triton")
+# Compiling takes seconds, once per process, and saves about a third of a fused AdamW step: some 10 ms a step at this
+# many weights. Below it "auto" stays eager, so that nobody waits for a compiler to train a small network.
+COMPILE_FROM = 2**25
+
+
+class Implementation(Protocol):
+    """What a backend other than "eager" provides, for plain tensors on one device."""
+
+    def sums(self, parts: Sequence[Tensor]) -> Tensor:
+        """Sum m = |w| and m^2, shape (layers, 2), float64."""
+        ...
+
+    def shrink_(self, parts: Sequence[Tensor], gain: Tensor, threshold: Tensor, seed: int | Tensor | None) -> None:
+        """Apply w <- gain * softshrink(w, threshold) in place."""
+        ...
+
+    def fuses(self, w: Tensor) -> bool:
+        """Return whether a layer's update is worth fusing with its shrink."""
+        ...
+
+    def adamw_(self, streams: Sequence[Sequence[Tensor]], coefficients: Tensor, **options: Any) -> Tensor:
+        """Shrink, take AdamW's step and return the sums of the new weights, shape (layers, 2), see `kernels.adamw_`."""
+        ...
+
+    def sgd_(self, streams: Sequence[Sequence[Tensor]], coefficients: Tensor, **options: Any) -> Tensor:
+        """Shrink, take SGD's step and return the sums of the new weights, shape (layers, 2), see `kernels.sgd_`."""
+        ...
+
+
+def implementation(backend: str) -> Implementation:
+    """Return the module behind "compiled" or "triton"."""
+    module: Implementation = import_module({"compiled": "wcr_optim.compiled", "triton": "wcr_optim.kernels"}[backend])
+    return module
+
+
+def check(backend: str) -> None:
+    """Raise ValueError if there is no such backend."""
+    if backend not in BACKENDS:
+        raise ValueError(f"unknown backend {backend!r}; choose one of {', '.join(map(repr, BACKENDS))}")
+
+
+def check_available(backend: str, device: torch.device) -> None:
+    """Raise ValueError if a backend that was asked for by name cannot run on a device."""
+    check(backend)
+    reason = {"compiled": _why_not_compiled, "triton": _why_not_triton}.get(backend, lambda _: None)(device)
+    if reason is not None:
+        raise ValueError(f"backend {backend!r} cannot run on {device.type} weights here: {reason}")
+
+
+def choose(backend: str, device: torch.device, layers: Sequence[Tensor]) -> str:
+    """Decide between "eager", "compiled" and "triton" for layers on one device."""
+    if backend != "auto":
+        return backend
+    if device.type == "cpu":
+        large = sum([w.numel() for w in layers]) >= COMPILE_FROM
+        return "compiled" if large and _why_not_compiled(device) is None else "eager"
+    return "eager"  # also on CUDA: Triton's kernels have run in its interpreter only, and wait for a first GPU
+
+
+def _why_not_compiled(device: torch.device) -> str | None:
+    if device.type != "cpu":
+        return "it is for weights on the CPU; choose 'triton', or 'auto' for a model on several devices"
+    from wcr_optim import compiled
+
+    return compiled.why_not()
+
+
+def _why_not_triton(device: torch.device) -> str | None:
+    if util.find_spec("triton") is None:
+        return "Triton is not installed; pip install triton, or choose backend='eager'"
+    from wcr_optim import kernels
+
+    return kernels.why_not(device)

@@ -1,0 +1,219 @@
+"""torch's AdamW and SGD whose one pass over the weights also shrinks them and measures what it writes.
+
+The next step's penalty needs the moments of the weights that this step writes. With these measured on the way out, and
+the shrink applied on the way in, a penalty costs no pass over memory of its own. Wherever the kernel cannot run, for
+one layer or for all, torch's own update runs on weights that were shrunk before: the same numbers up to rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim import optimizer as torch_optimizer
+
+from wcr_optim import backends
+from wcr_optim.layout import as_dtensor, is_dense, local
+from wcr_optim.moments import measure
+from wcr_optim.uploads import select
+
+
+class Known(NamedTuple):
+    """Sums of a layer's m and m^2, shape (2,), and what shows whether anyone wrote into it since."""
+
+    sums: Tensor
+    version: int
+    address: int
+
+
+class Shrinks(NamedTuple):
+    """What the next update is to do to layers on its way, a row of gain and threshold for each."""
+
+    row: dict[Tensor, int]
+    gain: Tensor
+    threshold: Tensor
+    seed: int | Tensor | None
+    backend: str
+
+
+class FusedUpdate(Optimizer):
+    """Mixin before one of torch's optimizers: knows sums of weights, and takes shrinks along in its next step.
+
+    Between `take_over` and the step nobody may write into the weights. Writes after the step are noticed by the
+    tensors' version counters, which torch's in-place operations advance; writes through `.data` are not.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._known: dict[Tensor, Known] = {}
+        self._taken: list[Shrinks] = []
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._known, self._taken = {}, []  # a copy works on other weights
+
+    def sums(self, layers: Sequence[Tensor], backend: str) -> Tensor:
+        """Return this rank's sums of m and m^2, shape (layers, 2), measuring those that the last step did not."""
+        rows = {w: self._known[w].sums for w in layers if self._is_known(w)}
+        unknown = [w for w in layers if w not in rows]
+        if unknown:
+            measured = measure([local(w) for w in unknown], backend)
+            if len(unknown) == len(layers):
+                return measured
+            rows.update(zip(unknown, measured.unbind(), strict=True))
+        return torch.stack([rows[w] for w in layers])
+
+    def _is_known(self, w: Tensor) -> bool:
+        known, part = self._known.get(w), local(w)
+        return known is not None and known.version == part._version and known.address == part.data_ptr()
+
+    def take_over(
+        self, layers: Sequence[Tensor], gain: Tensor, threshold: Tensor, seed: int | Tensor | None, backend: str
+    ) -> list[int]:
+        """Take over the shrinks of layers whose update is fused with it, and return the others' indices."""
+        rows: dict[Tensor, int] = {}
+        hooks = self._optimizer_step_pre_hooks or torch_optimizer._global_optimizer_pre_hooks
+        if backend != "eager" and not hooks:  # a hook before the update is to see shrunk weights
+            group_of = {w: group for group in self.param_groups for w in group["params"]}
+            rows = {w: i for i, w in enumerate(layers) if self._fuses(w, group_of[w], backend)}
+        if rows:
+            self._taken.append(Shrinks(rows, gain, threshold, seed, backend))
+        return [i for i, w in enumerate(layers) if w not in rows]
+
+    def forget(self) -> None:
+        """Drop what was taken over and not done: the step is over, or failed."""
+        self._taken = []
+
+    def _fuses(self, w: Tensor, group: dict[str, Any], backend: str) -> bool:
+        """Return whether a layer's update can be fused with its shrink."""
+        if not group["fused"] or group["differentiable"] or getattr(self, "found_inf", None) is not None:
+            return False
+        streams = self._streams(w, group)
+        return streams is not None and _alike(streams) and backends.implementation(backend).fuses(local(w))
+
+    def _init_group(self, group: dict[str, Any], *lists: list[Any]) -> Any:
+        """Collect what torch's step will update; layers that were taken over are updated here, and left out."""
+        result = super()._init_group(group, *lists)  # type: ignore[misc]
+        for call, shrinks in enumerate(self._taken, start=1):
+            index = [i for i, w in enumerate(lists[0]) if w in shrinks.row]
+            if not index:
+                continue
+            own = [[stream[i] for i in index] if stream else [] for stream in lists]
+            layers = own[0]
+            rows = [shrinks.row[w] for w in layers]
+            gain, threshold = select(shrinks.gain, rows), select(shrinks.threshold, rows)
+            # Calls count their layers from 0, so each draws from a seed of its own.
+            seed = None if shrinks.seed is None else shrinks.seed + call * 2**32
+            sums = self._update(group, own, gain, threshold, seed, shrinks.backend)
+            for w, row in zip(layers, sums.unbind(), strict=True):
+                part = local(w)
+                self._known[w] = Known(row, part._version, part.data_ptr())
+            for stream in lists:
+                if stream:
+                    stream[:] = [x for i, x in enumerate(stream) if i not in set(index)]
+        return result
+
+    def _streams(self, w: Tensor, group: dict[str, Any]) -> list[Tensor] | None:
+        """Return what a layer's fused update reads and writes, or None where there is none."""
+        raise NotImplementedError
+
+    def _update(
+        self,
+        group: dict[str, Any],
+        lists: list[list[Any]],
+        gain: Tensor,
+        threshold: Tensor,
+        seed: int | Tensor | None,
+        backend: str,
+    ) -> Tensor:
+        """Shrink and update layers of a group, and return the sums of their new weights, shape (layers, 2)."""
+        raise NotImplementedError
+
+
+class FusedAdamW(FusedUpdate, torch.optim.AdamW):
+    """torch.optim.AdamW, its state and its options, see `FusedUpdate`."""
+
+    def _streams(self, w: Tensor, group: dict[str, Any]) -> list[Tensor] | None:
+        state = self.state.get(w)
+        numbers = (*group["betas"], group["weight_decay"], group["eps"])
+        if not state or group["amsgrad"] or w.grad is None or any(isinstance(x, Tensor) for x in numbers):
+            return None
+        return [w, w.grad, state["exp_avg"], state["exp_avg_sq"]]
+
+    def _update(
+        self,
+        group: dict[str, Any],
+        lists: list[list[Any]],
+        gain: Tensor,
+        threshold: Tensor,
+        seed: int | Tensor | None,
+        backend: str,
+    ) -> Tensor:
+        params, grads, means, squares, _, steps = lists
+        torch._foreach_add_(steps, 1)
+        t = torch.stack(steps).to(gain.device, gain.dtype)
+        beta1, beta2 = group["betas"]
+        lr = group["lr"]
+        decay = torch.ones_like(t) - lr * group["weight_decay"]
+        coefficients = [gain, threshold, decay, lr / (1 - beta1**t), (1 - beta2**t).rsqrt()]
+        return backends.implementation(backend).adamw_(
+            [[local(x) for x in stream] for stream in (params, grads, means, squares)],
+            torch.stack(coefficients, dim=1).float(),
+            betas=group["betas"],
+            eps=group["eps"],
+            maximize=group["maximize"],
+            seed=seed,
+        )
+
+
+class FusedSGD(FusedUpdate, torch.optim.SGD):
+    """torch.optim.SGD, its state and its options, see `FusedUpdate`."""
+
+    def _streams(self, w: Tensor, group: dict[str, Any]) -> list[Tensor] | None:
+        if w.grad is None or isinstance(group["weight_decay"], Tensor):
+            return None
+        if group["momentum"] == 0:
+            return [w, w.grad]
+        buffer = self.state.get(w, {}).get("momentum_buffer")
+        return None if buffer is None else [w, w.grad, buffer]
+
+    def _update(
+        self,
+        group: dict[str, Any],
+        lists: list[list[Any]],
+        gain: Tensor,
+        threshold: Tensor,
+        seed: int | Tensor | None,
+        backend: str,
+    ) -> Tensor:
+        coefficients = [gain, threshold, torch.ones_like(gain) * group["lr"]]
+        return backends.implementation(backend).sgd_(
+            [[local(x) for x in stream] for stream in lists if stream],
+            torch.stack(coefficients, dim=1).float(),
+            momentum=group["momentum"],
+            dampening=group["dampening"],
+            weight_decay=group["weight_decay"],
+            nesterov=group["nesterov"],
+            maximize=group["maximize"],
+            seed=seed,
+        )
+
+
+def _alike(streams: Sequence[Tensor]) -> bool:
+    """Return whether element i of one stream's memory belongs to element i of every other's."""
+    first = as_dtensor(streams[0])
+    placements = None if first is None else first.placements
+    w = local(streams[0])
+    if not is_dense(w):
+        return False
+    for stream in streams[1:]:
+        sharded = as_dtensor(stream)
+        x = local(stream)
+        if (None if sharded is None else sharded.placements) != placements or x.layout != w.layout:
+            return False
+        if (x.dtype, x.device, x.shape, x.stride()) != (w.dtype, w.device, w.shape, w.stride()):
+            return False
+    return True

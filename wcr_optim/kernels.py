@@ -1,0 +1,564 @@
+# ruff: noqa: N803, N806, SIM300  (Triton writes constants of a kernel in capitals)
+# mypy: disable-error-code="import-untyped, import-not-found, untyped-decorator, no-untyped-def"
+"""Triton kernels behind moments, shrink and the fused optimizers: many tensors in one launch.
+
+A launch works on one dtype. Its table says where every tensor lies, and each program takes a chunk of one of them, so a
+network of a thousand layers is one launch like that of a single one. Sums are accumulated in float32 within a program
+and in float64, in a fixed order, over programs: no atomics, so equal weights give equal bits. Nothing waits for the
+device, and step lengths, seeds and steps are read there, so a CUDA graph replays with live values.
+
+With TRITON_INTERPRET=1, set before this module is imported, everything runs on the CPU as well, slowly.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import defaultdict
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
+from itertools import accumulate
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from wcr_optim.layout import flat, in_memory_order
+from wcr_optim.moments import eager_sums
+from wcr_optim.shrink import eager_shrink_
+from wcr_optim.uploads import is_capturing, is_uploaded, keep, upload
+
+BLOCK = 2048  # weights at a time, 8 for each of a program's threads
+WARPS = 8
+CHUNK = 4 * BLOCK  # weights of a program
+PARTIALS = 1024  # partial sums at a time
+# Philox with 7 rounds passes every statistical test that 10 rounds pass (Salmon et al., SC 2011).
+ROUNDS = tl.constexpr(7)
+NARROW = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+DTYPES = NARROW | {torch.float32: tl.float32}
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def why_not(device: torch.device) -> str | None:
+    """Return why no kernel can run on a device, or None where it can."""
+    if device.type == "cuda":
+        return _why_not_on_gpu(device)
+    if device.type == "cpu" and INTERPRETED:
+        return None
+    return f"Triton has no kernels for {device.type}; choose backend='auto'"
+
+
+@lru_cache(maxsize=16)
+def _why_not_on_gpu(device: torch.device) -> str | None:
+    if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
+        return "the GPU is older than compute capability 8.0; choose backend='eager'"
+    return None
+
+
+# --- kernels ---------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _where(table, layers, layer_of, CHUNK: tl.constexpr):
+    """Return this program's layer, the index of its first weight, and the layer's number of weights."""
+    program = tl.program_id(0)
+    layer = tl.load(layer_of + program)
+    first = tl.load(table + layers + layer)
+    start = (program.to(tl.int64) - first) * CHUNK  # 64 bits: a layer can have more than 2^31 weights
+    return layer, start, tl.load(table + layer)
+
+
+@triton.jit
+def _stream(pointers, layers, layer, STREAM: tl.constexpr, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
+    """Return the pointer to a layer's weights, or to its gradient or state."""
+    pointer = tl.load(pointers + STREAM * layers + layer).to(tl.pointer_type(DTYPE))
+    if ALIGNED:
+        pointer = tl.multiple_of(pointer, 16)  # what makes loads of 16 bytes
+    return pointer
+
+
+@triton.jit
+def _read(pointer, at, n, WHOLE: tl.constexpr):
+    if WHOLE:  # a mask that may end anywhere would cut loads into single elements
+        return tl.load(pointer + at).to(tl.float32)
+    return tl.load(pointer + at, mask=at < n, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _write(pointer, at, n, value, WHOLE: tl.constexpr):
+    if WHOLE:
+        tl.store(pointer + at, value)
+    else:
+        tl.store(pointer + at, value, mask=at < n)
+
+
+@triton.jit
+def _shrunk(w, gain, threshold):
+    return (w - tl.minimum(tl.maximum(w, -threshold), threshold)) * gain
+
+
+@triton.jit
+def _bits(seed, layer, start, BLOCK: tl.constexpr):
+    """Draw 16 uniform bits for each weight of a block, from the seed and the weight's place; eight a Philox call."""
+    counter = start // 8 + tl.arange(0, BLOCK // 8)
+    low, high = counter.to(tl.uint32), (counter >> 32).to(tl.uint32)
+    zero = low * 0
+    a, b, c, d = tl.philox(seed, low, high, zero + layer.to(tl.uint32), zero, n_rounds=ROUNDS)
+    words = tl.join(tl.join(a, b), tl.join(c, d))
+    return tl.reshape(tl.join(words & 0xFFFF, words >> 16), (BLOCK,)).to(tl.int32)
+
+
+@triton.jit
+def _rounded(w, before, seed, layer, start, DTYPE: tl.constexpr, STOCHASTIC: tl.constexpr, BLOCK: tl.constexpr):
+    """Bring float32 values onto DTYPE's grid, to finite values where they were finite before."""
+    LIMIT: tl.constexpr = 3.3895313892515355e38 if DTYPE == tl.bfloat16 else 65504.0
+    w = tl.minimum(tl.maximum(w, -LIMIT), LIMIT)
+    if STOCHASTIC:
+        bits = _bits(tl.load(seed), layer, start, BLOCK)
+        word = w.to(tl.int32, bitcast=True)
+        if DTYPE == tl.bfloat16:  # float32 without its lower half
+            w = ((word + bits) & -65536).to(tl.float32, bitcast=True)
+        else:  # floor(w / u + z) u, u the spacing of the grid, that of subnormal numbers at least
+            spacing = tl.maximum((word & 0x7F800000).to(tl.float32, bitcast=True) * 2.0**-10, 2.0**-24)
+            w = tl.floor(w / spacing + (bits >> 3).to(tl.float32) * 2.0**-13) * spacing
+        w = tl.minimum(tl.maximum(w, -LIMIT), LIMIT)
+    return tl.where(tl.abs(before) < float("inf"), w, before)
+
+
+@triton.jit
+def _add_up(partial, programs, magnitudes, squares):
+    tl.store(partial + tl.program_id(0), tl.sum(magnitudes))
+    tl.store(partial + programs + tl.program_id(0), tl.sum(squares))
+
+
+@triton.jit
+def _left(start, n, CHUNK: tl.constexpr):
+    """Count the weights that the last chunk of a layer has."""
+    return tl.minimum(n - start, CHUNK).to(tl.int32)
+
+
+@triton.jit(do_not_specialize=["layers", "programs"])
+def _sum_kernel(
+    pointers, table, layers, layer_of, partial, programs,
+    DTYPE: tl.constexpr, ALIGNED: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    layer, start, n = _where(table, layers, layer_of, CHUNK)
+    w = _stream(pointers, layers, layer, 0, DTYPE, ALIGNED)
+    magnitudes = tl.zeros((BLOCK,), tl.float32)
+    squares = tl.zeros((BLOCK,), tl.float32)
+    if start + CHUNK <= n:
+        for block in tl.static_range(0, CHUNK, BLOCK):
+            m = tl.abs(_read(w, start + block + tl.arange(0, BLOCK), n, True))
+            magnitudes += m
+            squares += m * m
+    else:
+        for block in range(0, _left(start, n, CHUNK), BLOCK):
+            m = tl.abs(_read(w, start + block + tl.arange(0, BLOCK), n, False))
+            magnitudes += m
+            squares += m * m
+    _add_up(partial, programs, magnitudes, squares)
+
+
+@triton.jit(do_not_specialize=["layers", "programs"])
+def _finish_kernel(table, layers, partial, programs, rows, sums, CHUNK: tl.constexpr, PARTIALS: tl.constexpr):
+    """Add up a layer's partial sums, in float64."""
+    layer = tl.program_id(0)
+    first = tl.load(table + layers + layer)
+    last = first + (tl.load(table + layer) + CHUNK - 1) // CHUNK
+    row = tl.load(rows + layer)
+    for moment in tl.static_range(2):
+        total = tl.zeros((PARTIALS,), tl.float64)
+        for at in range(first, last, PARTIALS):
+            index = at + tl.arange(0, PARTIALS)
+            total += tl.load(partial + moment * programs + index, mask=index < last, other=0.0).to(tl.float64)
+        tl.store(sums + 2 * row + moment, tl.sum(total))
+
+
+@triton.jit
+def _shrink_block(
+    w, start, n, gain, threshold, seed, layer,
+    WHOLE: tl.constexpr, DTYPE: tl.constexpr, STOCHASTIC: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    at = start + tl.arange(0, BLOCK)
+    before = _read(w, at, n, WHOLE)
+    x = _shrunk(before, gain, threshold)
+    if DTYPE != tl.float32:
+        x = _rounded(x, before, seed, layer, start, DTYPE, STOCHASTIC, BLOCK)
+    _write(w, at, n, x.to(DTYPE), WHOLE)
+
+
+@triton.jit(do_not_specialize=["layers"])
+def _shrink_kernel(
+    pointers, table, layers, layer_of, rows, gains, thresholds, seed,
+    DTYPE: tl.constexpr, ALIGNED: tl.constexpr, STOCHASTIC: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    layer, start, n = _where(table, layers, layer_of, CHUNK)
+    row = tl.load(rows + layer)
+    gain, threshold = tl.load(gains + row).to(tl.float32), tl.load(thresholds + row).to(tl.float32)
+    if (gain != 1.0) | (threshold != 0.0):
+        w = _stream(pointers, layers, layer, 0, DTYPE, ALIGNED)
+        if start + CHUNK <= n:
+            for block in tl.static_range(0, CHUNK, BLOCK):
+                _shrink_block(w, start + block, n, gain, threshold, seed, row, True, DTYPE, STOCHASTIC, BLOCK)
+        else:
+            for block in range(0, _left(start, n, CHUNK), BLOCK):
+                _shrink_block(w, start + block, n, gain, threshold, seed, row, False, DTYPE, STOCHASTIC, BLOCK)
+
+
+@triton.jit
+def _adamw_block(
+    p, g, m, v, start, n, c, sign, rate1, beta2, rate2, eps, seed, layer,
+    WHOLE: tl.constexpr, DTYPE: tl.constexpr, STOCHASTIC: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Shrink and update a block of weights and return their magnitudes."""
+    at = start + tl.arange(0, BLOCK)
+    before = _read(p, at, n, WHOLE)
+    w = _shrunk(before, tl.load(c), tl.load(c + 1))
+    if DTYPE != tl.float32:
+        w = _rounded(w, before, seed, layer, start, DTYPE, STOCHASTIC, BLOCK).to(DTYPE).to(tl.float32)
+    gradient = sign * _read(g, at, n, WHOLE)
+    mean = _read(m, at, n, WHOLE)
+    mean += (gradient - mean) * rate1
+    square = beta2 * _read(v, at, n, WHOLE) + rate2 * gradient * gradient
+    decay, step, root = tl.load(c + 2), tl.load(c + 3), tl.load(c + 4)
+    w = (w * decay - step * mean / (tl.sqrt(square) * root + eps)).to(DTYPE)
+    _write(p, at, n, w, WHOLE)
+    _write(m, at, n, mean.to(DTYPE), WHOLE)
+    _write(v, at, n, square.to(DTYPE), WHOLE)
+    magnitude = tl.abs(w.to(tl.float32))
+    return magnitude if WHOLE else tl.where(at < n, magnitude, 0.0)
+
+
+@triton.jit(do_not_specialize=["layers", "programs"])
+def _adamw_kernel(
+    pointers, table, layers, layer_of, rows, coefficients, partial, programs, sign, rate1, beta2, rate2, eps, seed,
+    DTYPE: tl.constexpr, ALIGNED: tl.constexpr, STOCHASTIC: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    layer, start, n = _where(table, layers, layer_of, CHUNK)
+    row = tl.load(rows + layer)
+    p = _stream(pointers, layers, layer, 0, DTYPE, ALIGNED)
+    g = _stream(pointers, layers, layer, 1, DTYPE, ALIGNED)
+    m = _stream(pointers, layers, layer, 2, DTYPE, ALIGNED)
+    v = _stream(pointers, layers, layer, 3, DTYPE, ALIGNED)
+    c = coefficients + 5 * row
+    magnitudes = tl.zeros((BLOCK,), tl.float32)
+    squares = tl.zeros((BLOCK,), tl.float32)
+    if start + CHUNK <= n:
+        for block in tl.static_range(0, CHUNK, BLOCK):
+            magnitude = _adamw_block(
+                p, g, m, v, start + block, n, c, sign, rate1, beta2, rate2, eps, seed, row,
+                True, DTYPE, STOCHASTIC, BLOCK,
+            )  # fmt: skip
+            magnitudes += magnitude
+            squares += magnitude * magnitude
+    else:
+        for block in range(0, _left(start, n, CHUNK), BLOCK):
+            magnitude = _adamw_block(
+                p, g, m, v, start + block, n, c, sign, rate1, beta2, rate2, eps, seed, row,
+                False, DTYPE, STOCHASTIC, BLOCK,
+            )  # fmt: skip
+            magnitudes += magnitude
+            squares += magnitude * magnitude
+    _add_up(partial, programs, magnitudes, squares)
+
+
+@triton.jit
+def _sgd_block(
+    p, g, b, start, n, c, sign, weight_decay, momentum, fresh, seed, layer, NESTEROV: tl.constexpr,
+    MOMENTUM: tl.constexpr, WHOLE: tl.constexpr, DTYPE: tl.constexpr, STOCHASTIC: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Shrink and update a block of weights and return their magnitudes."""
+    at = start + tl.arange(0, BLOCK)
+    before = _read(p, at, n, WHOLE)
+    w = _shrunk(before, tl.load(c), tl.load(c + 1))
+    if DTYPE != tl.float32:
+        w = _rounded(w, before, seed, layer, start, DTYPE, STOCHASTIC, BLOCK).to(DTYPE).to(tl.float32)
+    direction = sign * _read(g, at, n, WHOLE) + weight_decay * w
+    if MOMENTUM:
+        buffer = momentum * _read(b, at, n, WHOLE) + fresh * direction
+        _write(b, at, n, buffer.to(DTYPE), WHOLE)
+        if NESTEROV:
+            direction += momentum * buffer
+        else:
+            direction = buffer
+    w = (w - tl.load(c + 2) * direction).to(DTYPE)
+    _write(p, at, n, w, WHOLE)
+    magnitude = tl.abs(w.to(tl.float32))
+    return magnitude if WHOLE else tl.where(at < n, magnitude, 0.0)
+
+
+@triton.jit(do_not_specialize=["layers", "programs"])
+def _sgd_kernel(
+    pointers, table, layers, layer_of, rows, coefficients, partial, programs, sign, weight_decay, momentum, fresh, seed,
+    NESTEROV: tl.constexpr, MOMENTUM: tl.constexpr, DTYPE: tl.constexpr, ALIGNED: tl.constexpr,
+    STOCHASTIC: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    layer, start, n = _where(table, layers, layer_of, CHUNK)
+    row = tl.load(rows + layer)
+    p = _stream(pointers, layers, layer, 0, DTYPE, ALIGNED)
+    g = _stream(pointers, layers, layer, 1, DTYPE, ALIGNED)
+    b = _stream(pointers, layers, layer, 2 if MOMENTUM else 1, DTYPE, ALIGNED)
+    c = coefficients + 3 * row
+    magnitudes = tl.zeros((BLOCK,), tl.float32)
+    squares = tl.zeros((BLOCK,), tl.float32)
+    if start + CHUNK <= n:
+        for block in tl.static_range(0, CHUNK, BLOCK):
+            magnitude = _sgd_block(
+                p, g, b, start + block, n, c, sign, weight_decay, momentum, fresh, seed, row,
+                NESTEROV, MOMENTUM, True, DTYPE, STOCHASTIC, BLOCK,
+            )  # fmt: skip
+            magnitudes += magnitude
+            squares += magnitude * magnitude
+    else:
+        for block in range(0, _left(start, n, CHUNK), BLOCK):
+            magnitude = _sgd_block(
+                p, g, b, start + block, n, c, sign, weight_decay, momentum, fresh, seed, row,
+                NESTEROV, MOMENTUM, False, DTYPE, STOCHASTIC, BLOCK,
+            )  # fmt: skip
+            magnitudes += magnitude
+            squares += magnitude * magnitude
+    _add_up(partial, programs, magnitudes, squares)
+
+
+# --- launches --------------------------------------------------------------------------------------------------------
+
+
+class Launch(NamedTuple):
+    """What the kernels need to know of tensors of one dtype; `rows` says which of the caller's layers they are."""
+
+    dtype: torch.dtype
+    aligned: bool
+    layers: int
+    programs: int
+    rows: Tensor
+    pointers: Tensor
+    table: Tensor
+    layer_of: Tensor
+
+    @property
+    def place(self) -> tuple[Tensor, Tensor, int, Tensor]:
+        """First arguments of every kernel but the last one."""
+        return self.pointers, self.table, self.layers, self.layer_of
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Constants of every kernel."""
+        return {
+            "DTYPE": DTYPES[self.dtype],
+            "ALIGNED": self.aligned,
+            "CHUNK": CHUNK,
+            "BLOCK": BLOCK,
+            "num_warps": WARPS,
+            # Sums are the same bits whether moments or an optimizer's kernel takes them.
+            "enable_fp_fusion": False,
+        }
+
+    def partial(self) -> Tensor:
+        """Make room for the sums of every program, shape (2, programs)."""
+        return torch.empty(2, self.programs, dtype=torch.float32, device=self.rows.device)
+
+    def finish(self, partial: Tensor, sums: Tensor) -> None:
+        """Add up programs to layers, into sums of shape (caller's layers, 2)."""
+        _finish_kernel[(self.layers,)](
+            self.table, self.layers, partial, self.programs, self.rows, sums, CHUNK=CHUNK, PARTIALS=PARTIALS
+        )
+
+
+def sums(parts: Sequence[Tensor]) -> Tensor:
+    """Sum m = |w| and m^2 of plain tensors on one device, shape (layers, 2), float64."""
+    device = parts[0].device
+    result = torch.zeros(len(parts), 2, dtype=torch.float64, device=device)
+    rest = [i for i, w in enumerate(parts) if w.dtype not in DTYPES]
+    if rest:
+        result[rest] = eager_sums([parts[i] for i in rest])
+    memory = [flat(w) for w in parts]  # copies, where memory has gaps, live until the kernels are launched
+    with _on(device):
+        for launch in _launches([memory]):
+            partial = launch.partial()
+            _sum_kernel[(launch.programs,)](*launch.place, partial, launch.programs, **launch.options)
+            launch.finish(partial, result)
+    return result
+
+
+def shrink_(parts: Sequence[Tensor], gain: Tensor, threshold: Tensor, seed: int | Tensor | None) -> None:
+    """Apply w <- gain * softshrink(w, threshold) in place to plain tensors on one device."""
+    device = parts[0].device
+    rest = [i for i, w in enumerate(parts) if w.dtype not in DTYPES]
+    if rest:
+        eager_shrink_([parts[i] for i in rest], gain[rest], threshold[rest], None)
+    memory = [flat(w) for w in parts]
+    live_seed = on_device(seed, device)
+    with _on(device):
+        for launch in _launches([memory]):
+            stochastic = seed is not None and launch.dtype in NARROW
+            _shrink_kernel[(launch.programs,)](
+                *launch.place, launch.rows, gain.contiguous(), threshold.contiguous(), live_seed,
+                STOCHASTIC=stochastic, **launch.options,
+            )  # fmt: skip
+    for w, written in zip(parts, memory, strict=True):
+        if written.data_ptr() != w.data_ptr():
+            ordered = in_memory_order(w)
+            ordered.copy_(written.view(ordered.shape))
+        else:
+            torch.autograd.graph.increment_version(w)
+
+
+def adamw_(
+    streams: Sequence[Sequence[Tensor]],
+    coefficients: Tensor,
+    *,
+    betas: tuple[float, float],
+    eps: float,
+    maximize: bool,
+    seed: int | Tensor | None,
+) -> Tensor:
+    """Shrink weights, take AdamW's step and measure the new weights, all in one pass.
+
+    Args:
+        streams: Weights, gradients, exponential averages of the gradients and of their squares: four sequences of
+            plain tensors, each layer's four alike in dtype and strides, without gaps.
+        coefficients: For each layer (gain, threshold, 1 - lr weight_decay, lr / (1 - beta1^t), (1 - beta2^t)^(-1/2)),
+            float32, shape (layers, 5).
+        betas: AdamW's.
+        eps: AdamW's.
+        maximize: Whether to climb.
+        seed: Of stochastic rounding after the shrink; None rounds to nearest.
+
+    Returns:
+        Sums of m = |w| and m^2 of the new weights, float64, shape (layers, 2).
+
+    """
+    device = coefficients.device
+    live_seed = on_device(seed, device)
+    result = torch.zeros(len(streams[0]), 2, dtype=torch.float64, device=device)
+    with _on(device):
+        for launch in _launches(streams):
+            partial = launch.partial()
+            _adamw_kernel[(launch.programs,)](
+                *launch.place, launch.rows, coefficients, partial, launch.programs,
+                -1.0 if maximize else 1.0, 1 - betas[0], betas[1], 1 - betas[1], eps, live_seed,
+                STOCHASTIC=seed is not None and launch.dtype in NARROW, **launch.options,
+            )  # fmt: skip
+            launch.finish(partial, result)
+    _written(streams[0], *streams[2:])
+    return result
+
+
+def sgd_(
+    streams: Sequence[Sequence[Tensor]],
+    coefficients: Tensor,
+    *,
+    momentum: float,
+    dampening: float,
+    weight_decay: float,
+    nesterov: bool,
+    maximize: bool,
+    seed: int | Tensor | None,
+) -> Tensor:
+    """Shrink weights, take SGD's step and measure the new weights, all in one pass.
+
+    Args:
+        streams: Weights, gradients and, with momentum, its buffers, as for `adamw_`.
+        coefficients: For each layer (gain, threshold, lr), float32, shape (layers, 3).
+        momentum: SGD's.
+        dampening: SGD's.
+        weight_decay: SGD's, added to the gradient.
+        nesterov: SGD's.
+        maximize: Whether to climb.
+        seed: Of stochastic rounding after the shrink; None rounds to nearest.
+
+    Returns:
+        Sums of m = |w| and m^2 of the new weights, float64, shape (layers, 2).
+
+    """
+    device = coefficients.device
+    live_seed = on_device(seed, device)
+    result = torch.zeros(len(streams[0]), 2, dtype=torch.float64, device=device)
+    with _on(device):
+        for launch in _launches(streams):
+            partial = launch.partial()
+            _sgd_kernel[(launch.programs,)](
+                *launch.place, launch.rows, coefficients, partial, launch.programs,
+                -1.0 if maximize else 1.0, weight_decay, momentum, 1 - dampening, live_seed,
+                NESTEROV=nesterov, MOMENTUM=momentum != 0,
+                STOCHASTIC=seed is not None and launch.dtype in NARROW, **launch.options,
+            )  # fmt: skip
+            launch.finish(partial, result)
+    _written(streams[0], *streams[2:])
+    return result
+
+
+def fuses(w: Tensor) -> bool:
+    """Return whether a layer's update can be fused with its shrink."""
+    return w.dtype in DTYPES
+
+
+def on_device(seed: int | Tensor | None, device: torch.device) -> Tensor | None:
+    """Bring a seed to the device without waiting for it."""
+    if seed is None or isinstance(seed, Tensor):
+        return seed
+    return torch.full((), seed, dtype=torch.int64, device=device)
+
+
+def _launches(streams: Sequence[Sequence[Tensor]]) -> list[Launch]:
+    """Divide layers into launches, by dtype and by whether every address allows loads of 16 bytes."""
+    rows: defaultdict[tuple[torch.dtype, bool], list[int]] = defaultdict(list)
+    addresses = [[w.data_ptr() for w in stream] for stream in streams]
+    for i, w in enumerate(streams[0]):
+        if w.dtype in DTYPES and w.numel():
+            rows[w.dtype, all(stream[i] % 16 == 0 for stream in addresses)].append(i)
+    device = streams[0][0].device
+    launches = []
+    for (dtype, aligned), index in rows.items():
+        numbers = tuple([streams[0][i].numel() for i in index])
+        programs = [-(-n // CHUNK) for n in numbers]
+        table, layer_of = _table(numbers, device)
+        launches.append(
+            Launch(
+                dtype=dtype,
+                aligned=aligned,
+                layers=len(index),
+                programs=sum(programs),
+                rows=upload(tuple(index), torch.int64, device),
+                pointers=_pointers(tuple([stream[i] for stream in addresses for i in index]), device),
+                table=table,
+                layer_of=layer_of,
+            )
+        )
+    return launches
+
+
+def _table(numbers: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return (numbers of weights, first program) of every layer, shape (2, layers), and every program's layer."""
+    programs = [-(-n // CHUNK) for n in numbers]
+
+    def table() -> Tensor:
+        return torch.tensor([numbers, tuple(accumulate([0, *programs[:-1]]))])
+
+    def layer_of() -> Tensor:
+        return torch.arange(len(numbers), dtype=torch.int32).repeat_interleave(torch.tensor(programs))
+
+    return keep(("table", numbers), device, table), keep(("layer_of", numbers), device, layer_of)
+
+
+def _pointers(addresses: tuple[int, ...], device: torch.device) -> Tensor:
+    if not is_capturing(device) or is_uploaded(addresses, torch.int64, device):
+        return upload(addresses, torch.int64, device)
+    # Gradients get new addresses while a graph is captured. Numbers in a kernel's arguments are part of the graph,
+    # those in the host's memory are not.
+    table = torch.zeros(len(addresses), dtype=torch.int64, device=device)
+    torch._foreach_add_(table.unbind(), list(addresses))
+    return table
+
+
+def _written(*streams: Sequence[Tensor]) -> None:
+    """Tell autograd, and whoever watches versions, that a kernel wrote into tensors."""
+    for stream in streams:
+        for w in stream:
+            torch.autograd.graph.increment_version(w)
+
+
+def _on(device: torch.device) -> AbstractContextManager[Any]:
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

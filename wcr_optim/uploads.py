@@ -1,0 +1,59 @@
+"""Small tables on a device: sent there once, without waiting, and still there when a CUDA graph replays."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+
+import torch
+from torch import Tensor
+
+KEPT = 256
+_cache: OrderedDict[tuple[Hashable, torch.device], Tensor] = OrderedDict()
+# A captured graph reads these at every replay, and nothing tells when it is gone.
+_in_graphs: list[Tensor] = []
+
+
+def upload(values: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return numbers as a tensor on a device; not to be written, since equal requests share it."""
+    return keep((values, dtype), device, lambda: torch.tensor(values, dtype=dtype))
+
+
+def keep(key: Hashable, device: torch.device, make: Callable[[], Tensor]) -> Tensor:
+    """Return what `make` makes on the CPU, on a device; not to be written, since equal keys share it.
+
+    Raises:
+        RuntimeError: If a CUDA graph is being captured and the table is not there yet.
+
+    """
+    if device.type != "cuda":
+        return make().to(device)
+    entry = (key, device)
+    if entry in _cache:
+        _cache.move_to_end(entry)
+    elif is_capturing(device):
+        raise RuntimeError("take a few steps before capturing a CUDA graph, as torch.cuda.graph asks; none was taken")
+    else:
+        _cache[entry] = make().pin_memory().to(device, non_blocking=True)
+        if len(_cache) > KEPT:
+            _cache.popitem(last=False)
+    if is_capturing(device):
+        _in_graphs.append(_cache[entry])
+    return _cache[entry]
+
+
+def select(values: Tensor, index: list[int]) -> Tensor:
+    """Return values[index] along the first dimension without waiting for the device."""
+    if index == list(range(len(values))):
+        return values
+    return values.index_select(0, upload(tuple(index), torch.int64, values.device))
+
+
+def is_uploaded(values: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> bool:
+    """Return whether `upload` would find the numbers in place."""
+    return ((values, dtype), device) in _cache
+
+
+def is_capturing(device: torch.device) -> bool:
+    """Return whether operations on a device are being captured into a CUDA graph."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
