@@ -434,6 +434,14 @@ class TestLoadingBetweenThePasses:
         assert torch.equal(model.norm.weight, before["norm.weight"])
 
     @pytest.mark.parametrize("name", TWO_PASS)
+    def test_a_copy_made_between_the_passes_knows_its_weights(self, name):
+        model, optimizer, saved, before = self.begin(name)
+        model, optimizer = copy.deepcopy((model, optimizer))
+        optimizer.load_state_dict(saved[1])
+        for key, p in model.named_parameters():
+            assert torch.equal(p, before[key])
+
+    @pytest.mark.parametrize("name", TWO_PASS)
     def test_a_failed_load_leaves_the_pass_under_way(self, name):
         model, optimizer, _, before = self.begin(name)
         with pytest.raises(ValueError, match="different number of parameter groups"):
