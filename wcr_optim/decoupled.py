@@ -95,8 +95,7 @@ class Decoupled(OptimizerWrapper):
     def _regularize(self) -> None:
         weights: defaultdict[torch.device, list[Tensor]] = defaultdict(list)
         lengths: defaultdict[torch.device, list[Tensor]] = defaultdict(list)
-        for index, group in enumerate(self._filled_groups()):
-            self._check_group(group, index)
+        for group in self._filled_groups():
             s = group["lr"] * group[self.penalty.option]
             if _is_zero(s):
                 continue
