@@ -1,5 +1,10 @@
-import pytest
-import torch
+import os
+
+# Before anything imports Triton, which reads it once: without a GPU its kernels run in the interpreter.
+os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
 
 
 @pytest.fixture(autouse=True)

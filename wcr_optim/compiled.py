@@ -1,56 +1,83 @@
-"""The CPU's compiled kernels: moments, shrink and fused steps of all layers in one call each, see native.cpp."""
+"""The CPU's kernels through torch.compile: each one pass over memory, on all cores."""
 
 from __future__ import annotations
 
-import ctypes
-from collections.abc import Sequence
+import os
+import shutil
+import sys
+import warnings
+from collections.abc import Callable, Hashable, Sequence
+from functools import cache, lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from wcr_optim import toolchain
-from wcr_optim.layout import is_dense
-from wcr_optim.moments import eager_sums
-from wcr_optim.shrink import eager_shrink_, make_noise
+from wcr_optim.layout import flat, is_dense
+from wcr_optim.moments import CHUNK, eager_sums
+from wcr_optim.rounding import Noise, saturate, stochastic_round
+from wcr_optim.shrink import eager_shrink_, make_noise, shrink_piece_
 
-DTYPES = (torch.float32, torch.bfloat16)
+# Sums run in float32 over a row, whose few additions in each vector lane lose nothing, and in float64 over rows.
+ROW = 128
+# Weights of one call, which costs some 100 us: bounds the sums by row to half a mebibyte.
+SLAB = 2**23
+# Layers of fewer weights are left to the eager implementation, as a call costs too much.
+LARGE = 2**17
+Update = Callable[..., Any]
 
 
 def why_not() -> str | None:
-    """Return why the kernels cannot be compiled here, or None where they can; compiles them, the first time."""
+    """Return why nothing can be compiled here, or None where it can; tries, once."""
+    default = {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")
+    return _why_not(os.environ.get("CXX", default))
+
+
+@lru_cache(maxsize=4)
+def _why_not(compiler: str) -> str | None:
+    if shutil.which(compiler.split()[0]) is None:
+        return f"there is no C++ compiler {compiler!r}; install one, name one in CXX, or choose backend='eager'"
+    probe = torch.ones(4, ROW)
     try:
-        toolchain.load()
-    except toolchain.BuildError as error:
-        return str(error)
+        with torch.no_grad():
+            _run(_row_sums, [probe])
+            _run(_shrink, [probe.view(-1)], torch.tensor(1.0), torch.tensor(0.0))
+    except Exception as error:  # whatever a toolchain can fail with, the eager implementation is there
+        return f"torch.compile failed ({str(error).strip().splitlines()[0]}); choose backend='eager'"
     return None
-
-
-def fuses(w: Tensor) -> bool:
-    """Return whether a layer's update can be fused with its shrink."""
-    return w.dtype in DTYPES
 
 
 def sums(parts: Sequence[Tensor]) -> Tensor:
     """Sum m = |w| and m^2 of plain CPU tensors, shape (layers, 2), float64."""
-    result = torch.zeros(len(parts), 2, dtype=torch.float64)
-    for dtype, index in _by_dtype(parts).items():
-        layers = [parts[i] for i in index]
-        if dtype is None:
-            result[index] = eager_sums(layers)
+    result = torch.empty(len(parts), 2, dtype=torch.float64)
+    rest = []
+    for i, w in enumerate(parts):
+        if suits(w):
+            result[i] = torch.stack([_slab_sums(slab) for slab in torch.split(flat(w), SLAB)]).sum(0)
         else:
-            result[index] = _call("wcr_sums", [layers], returns=True)
+            rest.append(i)
+    if rest:
+        result[rest] = eager_sums([parts[i] for i in rest])
     return result
 
 
 def shrink_(parts: Sequence[Tensor], gain: Tensor, threshold: Tensor, seed: int | Tensor | None) -> None:
     """Apply w <- gain * softshrink(w, threshold) in place to plain CPU tensors."""
-    for dtype, index in _by_dtype(parts).items():
-        layers = [parts[i] for i in index]
-        if dtype is None:
-            eager_shrink_(layers, gain[index], threshold[index], make_noise(layers, seed))
+    noise = make_noise(parts, seed)
+    g, t = gain.float(), threshold.float()
+    rest = []
+    for i, (w, *scalars) in enumerate(zip(parts, gain.tolist(), threshold.tolist(), strict=True)):
+        if not suits(w) or (w.dtype != torch.float32 and noise is None):
+            rest.append(i)
+        elif scalars == [1.0, 0.0]:
+            continue
+        elif noise is None or w.dtype == torch.float32:
+            for slab in torch.split(flat(w), SLAB):
+                _run(_shrink, [slab], g[i], t[i])
         else:
-            _call("wcr_shrink", [layers], gain[index].float(), threshold[index].float(), *_rounding(seed))
-            _written(layers)
+            _shrink_and_round(w, g[i], t[i], noise)
+    if rest:
+        eager_shrink_([parts[i] for i in rest], gain[rest], threshold[rest], noise)
 
 
 def adamw_(
@@ -62,9 +89,9 @@ def adamw_(
     maximize: bool,
     seed: int | Tensor | None,
 ) -> Tensor:
-    """Shrink weights, take AdamW's step and measure the new weights, as `kernels.adamw_`."""
+    """Shrink weights, take AdamW's step and measure the new weights, as `kernels.adamw_`, in float32."""
     constants = torch.tensor([-1.0 if maximize else 1.0, 1 - betas[0], betas[1], 1 - betas[1], eps])
-    return _fused("wcr_adamw", streams, coefficients, constants, *_rounding(seed))
+    return _each_slab(_adamw, streams, coefficients, constants)
 
 
 def sgd_(
@@ -78,61 +105,145 @@ def sgd_(
     maximize: bool,
     seed: int | Tensor | None,
 ) -> Tensor:
-    """Shrink weights, take SGD's step and measure the new weights, as `kernels.sgd_`."""
+    """Shrink weights, take SGD's step and measure the new weights, as `kernels.sgd_`, in float32."""
     constants = torch.tensor([-1.0 if maximize else 1.0, weight_decay, momentum, 1 - dampening])
-    return _fused("wcr_sgd", streams, coefficients, constants, ctypes.c_int(nesterov), *_rounding(seed))
+    return _each_slab(_sgd, streams, coefficients, constants, nesterov=nesterov)
 
 
-Argument = Tensor | ctypes.c_int | ctypes.c_uint64
+def suits(w: Tensor) -> bool:
+    """Return whether a layer gains from a compiled kernel."""
+    return w.numel() >= LARGE and w.dtype in (torch.float32, torch.bfloat16) and is_dense(w)
 
 
-def _fused(
-    function: str, streams: Sequence[Sequence[Tensor]], coefficients: Tensor, constants: Tensor, *others: Argument
+def fuses(w: Tensor) -> bool:
+    """Return whether a layer's update is worth fusing with its shrink."""
+    return suits(w) and w.dtype == torch.float32
+
+
+def _slab_sums(slab: Tensor) -> Tensor:
+    """Sum m and m^2 over a flat tensor, shape (2,)."""
+    whole, rest = _rows([slab])
+    result = torch.zeros(2, dtype=torch.float64)
+    if whole[0].numel():
+        result += _total(_run(_row_sums, whole))
+    if rest[0].numel():
+        result += _total(_row_sums(*rest))
+    return result
+
+
+def _rows(streams: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """Cut flat tensors into rows of length ROW and what is left, one shorter row."""
+    rows = streams[0].numel() // ROW
+    whole = rows * ROW if rows > 1 else 0  # torch.compile would make kernels of their own for one row
+    return [x[:whole].view(-1, ROW) for x in streams], [x[whole:].view(1, -1) for x in streams]
+
+
+def _shrink_and_round(w: Tensor, gain: Tensor, threshold: Tensor, noise: Noise) -> None:
+    memory = flat(w)
+    rest = 0
+    for slab in torch.split(memory, SLAB):
+        rows = slab.numel() // CHUNK
+        if rows > 1:
+            constants = torch.tensor([[noise.constant()] for _ in range(rows)], dtype=torch.int32)
+            whole = slab[: rows * CHUNK].view(rows, CHUNK)
+            _run(_shrink_rounding, [whole, constants], gain, threshold, noise.pool)
+            rest += whole.numel()
+    for piece in torch.split(memory[rest:], CHUNK):
+        shrink_piece_(piece, gain, threshold, None, noise)
+
+
+def _each_slab(
+    update: Update, streams: Sequence[Sequence[Tensor]], coefficients: Tensor, constants: Tensor, **kind: bool
 ) -> Tensor:
-    result = torch.empty(len(coefficients), 2, dtype=torch.float64)
-    for index in _by_dtype(streams[0]).values():
-        own = [[stream[i] for i in index] for stream in streams]
-        result[index] = _call(function, own, coefficients[index], constants, *others, returns=True)
-    _written(streams[0], *streams[2:])
+    """Run a fused update over layers, slab by slab, and return the sums of the new weights, shape (layers, 2)."""
+    # A gain for every row, though a layer has but one, keeps the loop over rows apart from the loop within a row, so
+    # that torch.compile makes one kernel of the update and the sums by row.
+    gains = torch.empty(SLAB // ROW, 1)
+    result = torch.zeros(len(coefficients), 2, dtype=torch.float64)
+    for i, layer in enumerate(zip(*streams, strict=True)):
+        scalars = coefficients[i], constants
+        gains.fill_(coefficients[i, 0])
+        for slab in zip(*[torch.split(flat(x), SLAB) for x in layer], strict=True):
+            whole, rest = _rows(slab)
+            if rows := len(whole[0]):
+                result[i] += _total(_run(update, [*whole, gains[:rows]], *scalars, **kind))
+            if rest[0].numel():
+                result[i] += _total(update(*rest, gains[:1], *scalars, **kind))
     return result
 
 
-def _by_dtype(parts: Sequence[Tensor]) -> dict[torch.dtype | None, list[int]]:
-    """Group layers by dtype; None stands for those that the kernels cannot work on."""
-    groups: dict[torch.dtype | None, list[int]] = {}
-    for i, w in enumerate(parts):
-        groups.setdefault(w.dtype if w.dtype in DTYPES and is_dense(w) else None, []).append(i)
-    return groups
+def _run(function: Update, rows: Sequence[Tensor], *others: Tensor, **kind: bool) -> Any:
+    """Run a function compiled for any number of rows."""
+    variant = function, rows[0].dtype, len(rows), *kind.items()
+    if variant not in _begun:
+        _begun.add(variant)
+        for x in rows:
+            torch._dynamo.mark_dynamic(x, 0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's, about its own parts
+        return _compiled(function)(*rows, *others, **kind)
 
 
-def _call(function: str, streams: Sequence[Sequence[Tensor]], *arguments: Argument, returns: bool = False) -> Tensor:
-    """Call a function of the library on dense layers of one dtype; it may return their sums, shape (layers, 2)."""
-    layers = streams[0]
-    addresses = torch.tensor([[w.data_ptr() for w in stream] for stream in streams])
-    sizes = torch.tensor([w.numel() for w in layers])
-    result = torch.zeros(len(layers), 2, dtype=torch.float64)
-    getattr(toolchain.load(), function)(
-        ctypes.c_int64(len(layers)),
-        _pointer(addresses),
-        _pointer(sizes),
-        ctypes.c_int(layers[0].dtype == torch.bfloat16),
-        ctypes.c_int(torch.get_num_threads()),
-        *[_pointer(argument) if isinstance(argument, Tensor) else argument for argument in arguments],
-        *([_pointer(result)] if returns else []),
-    )
-    return result
+_begun: set[Hashable] = set()
 
 
-def _pointer(tensor: Tensor) -> ctypes.c_void_p:
-    return ctypes.c_void_p(tensor.data_ptr())
+@cache
+def _compiled(function: Update) -> Update:
+    # Scalars are tensors, so a changing lr compiles nothing anew; threads are counted when the kernel runs, since
+    # torch.set_num_threads may be called after it was compiled.
+    return torch.compile(function, options={"cpp.dynamic_threads": True})
 
 
-def _rounding(seed: int | Tensor | None) -> tuple[ctypes.c_int, ctypes.c_uint64]:
-    return ctypes.c_int(seed is not None), ctypes.c_uint64(0 if seed is None else int(seed))
+def _total(by_row: tuple[Tensor, Tensor]) -> Tensor:
+    return torch.stack([sums.sum(dtype=torch.float64) for sums in by_row])
 
 
-def _written(*streams: Sequence[Tensor]) -> None:
-    """Tell autograd, and whoever watches versions, that a kernel wrote into tensors."""
-    for stream in streams:
-        for w in stream:
-            torch.autograd.graph.increment_version(w)
+# --- what is compiled, on tensors of shape (rows, ROW) ---------------------------------------------------------------
+
+
+def _row_sums(w: Tensor) -> tuple[Tensor, Tensor]:
+    m = w.float().abs()
+    return m.sum(1), m.square().sum(1)
+
+
+def _shrink(w: Tensor, gain: Tensor, threshold: Tensor) -> None:
+    w.copy_((w - w.clamp(-threshold, threshold)) * gain)
+
+
+def _shrink_rounding(w: Tensor, constants: Tensor, gain: Tensor, threshold: Tensor, pool: Tensor) -> None:
+    before = w.float()
+    x = (before - before.clamp(-threshold, threshold)) * gain
+    w.copy_(saturate(stochastic_round(x, w.dtype, pool ^ constants), w.dtype, before))
+
+
+def _adamw(
+    p: Tensor, g: Tensor, m: Tensor, v: Tensor, gains: Tensor, coefficients: Tensor, constants: Tensor
+) -> tuple[Tensor, Tensor]:
+    _, threshold, decay, step, root = coefficients.unbind()
+    sign, rate1, beta2, rate2, eps = constants.unbind()
+    w = (p - p.clamp(-threshold, threshold)) * gains
+    gradient = sign * g
+    mean = m + (gradient - m) * rate1
+    square = beta2 * v + rate2 * gradient * gradient
+    w = w * decay - step * mean / (square.sqrt() * root + eps)
+    p.copy_(w)
+    m.copy_(mean)
+    v.copy_(square)
+    magnitude = w.abs()
+    return magnitude.sum(1), magnitude.square().sum(1)
+
+
+def _sgd(p: Tensor, g: Tensor, *others: Tensor, nesterov: bool) -> tuple[Tensor, Tensor]:
+    *buffers, gains, coefficients, constants = others  # with no buffer, or one
+    _, threshold, lr = coefficients.unbind()
+    sign, weight_decay, momentum, fresh = constants.unbind()
+    w = (p - p.clamp(-threshold, threshold)) * gains
+    direction = sign * g + weight_decay * w
+    for buffer in buffers:
+        mean = momentum * buffer + fresh * direction
+        direction = direction + momentum * mean if nesterov else mean
+        buffer.copy_(mean)
+    w = w - lr * direction
+    p.copy_(w)
+    magnitude = w.abs()
+    return magnitude.sum(1), magnitude.square().sum(1)

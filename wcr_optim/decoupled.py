@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from wcr_optim import backends
 from wcr_optim.fused import FusedUpdate
 from wcr_optim.layout import local
 from wcr_optim.moments import Moments, accumulator, counts, moments, of_sums
-from wcr_optim.penalties import L1, L2, HoyerSquare, InverseVariance, Penalty, ScaleFree
+from wcr_optim.penalties import L1, L2, HoyerSquare, InverseVariance, Penalty, Relative, ScaleFree
 from wcr_optim.shrink import shrink_
 from wcr_optim.uploads import select
 from wcr_optim.wrapper import OptimizerWrapper
@@ -60,7 +60,6 @@ class Decoupled(OptimizerWrapper):
     """
 
     group_keys = ("min_ndim",)
-    _outside_graphs: ClassVar[Callable[[Decoupled], None]]
 
     def __init__(
         self,
@@ -82,25 +81,18 @@ class Decoupled(OptimizerWrapper):
 
     def update(self) -> None:
         """Apply the penalty, then the base's update, in one pass over the weights where the base can fuse them."""
-        if self._rounds():
-            type(self)._outside_graphs(self)
-        else:
-            self._regularize()
-        super().update()
-        if isinstance(self.base, FusedUpdate):
-            self.base.forget()
-
-    def _create_hooks(self) -> None:
-        super()._create_hooks()
-        # Fresh random bits at every step are nothing that a graph of torch.compile can hold. Made here, since
-        # torch.compile cannot trace the making, and not with the module, since it imports what only optimizers need.
-        Decoupled._outside_graphs = staticmethod(
-            torch.compiler.disable(Decoupled._regularize)  # type: ignore[no-untyped-call]
-        )
+        try:
+            if torch.compiler.is_compiling() and self._rounds():
+                # Fresh random bits at every step are nothing that a graph can hold.
+                torch.compiler.disable(self._regularize)()  # type: ignore[no-untyped-call]
+            else:
+                self._regularize()
+            super().update()
+        finally:
+            if isinstance(self.base, FusedUpdate):
+                self.base.forget()
 
     def _regularize(self) -> None:
-        if isinstance(self.base, FusedUpdate):
-            self.base.forget()  # what an interrupted step left
         weights: defaultdict[torch.device, list[Tensor]] = defaultdict(list)
         lengths: defaultdict[torch.device, list[Tensor]] = defaultdict(list)
         for group in self._filled_groups():
@@ -216,8 +208,8 @@ class WCR(Decoupled):
     Args:
         base: The optimizer instance to wrap.
         weight_concentration: Default strength; also the key in the groups (default: 1e-3).
-        form: "inverse_variance", the preprint's 1 / (V + eps), or "scale_free", n q / V (default:
-            "inverse_variance").
+        form: "inverse_variance", the preprint's 1 / (V + eps), "scale_free", n q / V, or "relative", the same with a
+            step that does not depend on the weights' scale (default: "inverse_variance").
         eps: Added to V in the preprint's form; the scale-free form has none (default: 1e-8).
         max_growth: Bound on a weight's growth in one step, gain <= 1 + max_growth (default: 0.1).
         stochastic_rounding: Whether to round weights of less than 32 bits stochastically (default: True).
@@ -322,7 +314,9 @@ def concentration_penalty(form: str, eps: float, max_growth: float) -> Penalty:
         return InverseVariance(eps, max_growth)
     if form == "scale_free":
         return ScaleFree(max_growth)
-    raise ValueError(f"unknown form {form!r}; choose 'inverse_variance' (the preprint's) or 'scale_free'")
+    if form == "relative":
+        return Relative(max_growth)
+    raise ValueError(f"unknown form {form!r}; choose 'inverse_variance' (the preprint's), 'scale_free' or 'relative'")
 
 
 def _check_weight(w: Tensor, where: str) -> None:
