@@ -10,7 +10,7 @@ import hashlib
 import math
 import os
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -19,6 +19,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from benchmarks.tasks import Task
+
+CACHE = Path("results/cache")
 NAME = "language"
 CONTEXT = 64
 BATCH = 8
@@ -94,7 +97,7 @@ def loss(network: nn.Module, windows: Tensor) -> Tensor:
 def bits_per_byte(network: nn.Module, text: Tensor) -> float:
     """Return bits per byte on windows spread evenly over a text, the same ones at every call."""
     starts = torch.linspace(0, len(text) - CONTEXT - 1, EVALUATED_WINDOWS).long().unsqueeze(1)
-    windows = text[starts + torch.arange(CONTEXT + 1)].long()
+    windows = text[starts + torch.arange(CONTEXT + 1)].long().to(next(network.parameters()).device)
     nats = [loss(network, part).item() for part in windows.split(64)]
     return sum(nats) / len(nats) / math.log(2)
 
@@ -121,3 +124,26 @@ def pretrained(seed: int, folder: Path) -> nn.Module:
     torch.save(network.state_dict(), partial)
     os.replace(partial, path)
     return network
+
+
+def _task() -> Task:
+    corpus = load()
+    return Task(
+        name=NAME,
+        suite="language",
+        metric="bits_per_byte",
+        best=min,
+        steps=400,
+        model=lambda seed: pretrained(0, CACHE),
+        batches=lambda seed, steps, scale: batches(corpus.train, steps, 1000 + seed, BATCH * scale),
+        loss=loss,
+        evaluate=lambda network, split: bits_per_byte(network, getattr(corpus, split)),
+        exclude=("lm_head",),
+        goals=(0.5, 0.7, 0.8),
+        lr={"adamw": 1e-3},
+        weight_decay={"adamw": 1e-2},
+        data=f"Python standard library, sha256 {corpus.sha256[:12]}",
+    )
+
+
+TASKS: dict[str, Callable[[], Task]] = {NAME: _task}
