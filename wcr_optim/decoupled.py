@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -60,6 +60,7 @@ class Decoupled(OptimizerWrapper):
     """
 
     group_keys = ("min_ndim",)
+    _outside_graphs: ClassVar[Callable[[Decoupled], None]]
 
     def __init__(
         self,
@@ -81,18 +82,25 @@ class Decoupled(OptimizerWrapper):
 
     def update(self) -> None:
         """Apply the penalty, then the base's update, in one pass over the weights where the base can fuse them."""
-        try:
-            if torch.compiler.is_compiling() and self._rounds():
-                # Fresh random bits at every step are nothing that a graph can hold.
-                torch.compiler.disable(self._regularize)()  # type: ignore[no-untyped-call]
-            else:
-                self._regularize()
-            super().update()
-        finally:
-            if isinstance(self.base, FusedUpdate):
-                self.base.forget()
+        if self._rounds():
+            type(self)._outside_graphs(self)
+        else:
+            self._regularize()
+        super().update()
+        if isinstance(self.base, FusedUpdate):
+            self.base.forget()
+
+    def _create_hooks(self) -> None:
+        super()._create_hooks()
+        # Fresh random bits at every step are nothing that a graph of torch.compile can hold. Made here, since
+        # torch.compile cannot trace the making, and not with the module, since it imports what only optimizers need.
+        Decoupled._outside_graphs = staticmethod(
+            torch.compiler.disable(Decoupled._regularize)  # type: ignore[no-untyped-call]
+        )
 
     def _regularize(self) -> None:
+        if isinstance(self.base, FusedUpdate):
+            self.base.forget()  # what an interrupted step left
         weights: defaultdict[torch.device, list[Tensor]] = defaultdict(list)
         lengths: defaultdict[torch.device, list[Tensor]] = defaultdict(list)
         for group in self._filled_groups():
