@@ -96,6 +96,24 @@ def test_compiled_stochastic_rounding_repeats_and_is_unbiased(dtype):
             assert (p.double().norm() / start.double().norm()).item() == pytest.approx((1 - 1e-4) ** 300, abs=2e-3)
 
 
+@needs_compiler
+@pytest.mark.filterwarnings("ignore")  # torch's, about its own parts
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_compiled_step_rounds_low_precision_weights_as_an_eager_one(dtype):
+    finals = []
+    for compile_step in (False, True):
+        w = nn.Parameter(torch.randn(64, 64, generator=torch.Generator().manual_seed(0)).to(dtype))
+        start = w.detach().clone()
+        w.grad = torch.zeros_like(w)
+        optimizer = L2Decay(torch.optim.SGD([w], lr=1.0), 1e-4)
+        step = torch.compile(optimizer.step) if compile_step else optimizer.step
+        for _ in range(20):
+            step()
+        finals.append(w.detach())
+        assert not torch.equal(w, start)
+    assert torch.equal(*finals)
+
+
 # --- fused -----------------------------------------------------------------------------------------------------------
 
 FUSED = {
