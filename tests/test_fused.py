@@ -13,7 +13,6 @@ from torch.optim import lr_scheduler
 from wcr_optim import SGD, WCR, AdamW, L1Decay, L2Decay, backends, compiled, fused
 from wcr_optim.sharpness import SAM
 
-
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
