@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from wcr_optim.layout import flat, is_dense
-from wcr_optim.moments import CHUNK, eager_sums
+from wcr_optim.moments import eager_sums
 from wcr_optim.rounding import Noise, saturate, stochastic_round
-from wcr_optim.shrink import eager_shrink_, make_noise, shrink_piece_
+from wcr_optim.shrink import NARROW_CHUNK, eager_shrink_, make_noise, shrink_piece_
 
 # Sums run in float32 over a row, whose few additions in each vector lane lose nothing, and in float64 over rows.
 ROW = 128
@@ -40,7 +40,7 @@ def _why_not(compiler: str) -> str | None:
     probe = torch.ones(4, ROW)
     try:
         with torch.no_grad():
-            _run(_row_sums, [probe])
+            _run(_sums, [probe])
             _run(_shrink, [probe.view(-1)], torch.tensor(1.0), torch.tensor(0.0))
     except Exception as error:  # whatever a toolchain can fail with, the eager implementation is there
         return f"torch.compile failed ({str(error).strip().splitlines()[0]}); choose backend='eager'"
@@ -49,16 +49,20 @@ def _why_not(compiler: str) -> str | None:
 
 def sums(parts: Sequence[Tensor]) -> Tensor:
     """Sum m = |w| and m^2 of plain CPU tensors, shape (layers, 2), float64."""
-    result = torch.empty(len(parts), 2, dtype=torch.float64)
-    rest = []
-    for i, w in enumerate(parts):
-        if suits(w):
-            result[i] = torch.stack([_slab_sums(slab) for slab in torch.split(flat(w), SLAB)]).sum(0)
-        else:
-            rest.append(i)
+    result = torch.zeros(len(parts), 2, dtype=torch.float64)
+    rest = [i for i, w in enumerate(parts) if not suits(w)]
     if rest:
         result[rest] = eager_sums([parts[i] for i in rest])
-    return result
+    pieces = _Pieces()
+    for i, w in enumerate(parts):
+        if suits(w):
+            for slab in torch.split(flat(w), SLAB):
+                whole, remainder = _rows([slab])
+                if whole[0].numel():
+                    pieces.add(i, _run(_sums, whole))
+                if remainder[0].numel():
+                    pieces.add(i, _sums(*remainder))
+    return pieces.into(result)
 
 
 def shrink_(parts: Sequence[Tensor], gain: Tensor, threshold: Tensor, seed: int | Tensor | None) -> None:
@@ -120,15 +124,22 @@ def fuses(w: Tensor) -> bool:
     return suits(w) and w.dtype == torch.float32
 
 
-def _slab_sums(slab: Tensor) -> Tensor:
-    """Sum m and m^2 over a flat tensor, shape (2,)."""
-    whole, rest = _rows([slab])
-    result = torch.zeros(2, dtype=torch.float64)
-    if whole[0].numel():
-        result += _total(_run(_row_sums, whole))
-    if rest[0].numel():
-        result += _total(_row_sums(*rest))
-    return result
+class _Pieces:
+    """Sums of m and m^2 of pieces of layers, float64, brought together once."""
+
+    def __init__(self) -> None:
+        self.layers: list[int] = []
+        self.sums: list[Tensor] = []
+
+    def add(self, layer: int, sums: tuple[Tensor, Tensor]) -> None:
+        self.layers.append(layer)
+        self.sums += sums
+
+    def into(self, result: Tensor) -> Tensor:
+        """Add every piece to its layer's row."""
+        if not self.sums:
+            return result
+        return result.index_add_(0, torch.tensor(self.layers), torch.stack(self.sums).view(-1, 2))
 
 
 def _rows(streams: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
@@ -142,13 +153,13 @@ def _shrink_and_round(w: Tensor, gain: Tensor, threshold: Tensor, noise: Noise) 
     memory = flat(w)
     rest = 0
     for slab in torch.split(memory, SLAB):
-        rows = slab.numel() // CHUNK
+        rows = slab.numel() // NARROW_CHUNK
         if rows > 1:
             constants = torch.tensor([[noise.constant()] for _ in range(rows)], dtype=torch.int32)
-            whole = slab[: rows * CHUNK].view(rows, CHUNK)
+            whole = slab[: rows * NARROW_CHUNK].view(rows, NARROW_CHUNK)
             _run(_shrink_rounding, [whole, constants], gain, threshold, noise.pool)
             rest += whole.numel()
-    for piece in torch.split(memory[rest:], CHUNK):
+    for piece in torch.split(memory[rest:], NARROW_CHUNK):
         shrink_piece_(piece, gain, threshold, None, noise)
 
 
@@ -159,17 +170,17 @@ def _each_slab(
     # A gain for every row, though a layer has but one, keeps the loop over rows apart from the loop within a row, so
     # that torch.compile makes one kernel of the update and the sums by row.
     gains = torch.empty(SLAB // ROW, 1)
-    result = torch.zeros(len(coefficients), 2, dtype=torch.float64)
+    pieces = _Pieces()
     for i, layer in enumerate(zip(*streams, strict=True)):
         scalars = coefficients[i], constants
         gains.fill_(coefficients[i, 0])
         for slab in zip(*[torch.split(flat(x), SLAB) for x in layer], strict=True):
             whole, rest = _rows(slab)
             if rows := len(whole[0]):
-                result[i] += _total(_run(update, [*whole, gains[:rows]], *scalars, **kind))
+                pieces.add(i, _run(update, [*whole, gains[:rows]], *scalars, **kind))
             if rest[0].numel():
-                result[i] += _total(update(*rest, gains[:1], *scalars, **kind))
-    return result
+                pieces.add(i, update(*rest, gains[:1], *scalars, **kind))
+    return pieces.into(torch.zeros(len(coefficients), 2, dtype=torch.float64))
 
 
 def _run(function: Update, rows: Sequence[Tensor], *others: Tensor, **kind: bool) -> Any:
@@ -194,25 +205,26 @@ def _compiled(function: Update) -> Update:
     return torch.compile(function, options={"cpp.dynamic_threads": True})
 
 
-def _total(by_row: tuple[Tensor, Tensor]) -> Tensor:
-    return torch.stack([sums.sum(dtype=torch.float64) for sums in by_row])
-
-
 # --- what is compiled, on tensors of shape (rows, ROW) ---------------------------------------------------------------
 
 
-def _row_sums(w: Tensor) -> tuple[Tensor, Tensor]:
+def _sums(w: Tensor) -> tuple[Tensor, Tensor]:
     m = w.float().abs()
-    return m.sum(1), m.square().sum(1)
+    return m.sum(1).sum(dtype=torch.float64), m.square().sum(1).sum(dtype=torch.float64)
+
+
+def _shrunk(w: Tensor, gain: Tensor, threshold: Tensor) -> Tensor:
+    # The same as w - clamp(w) elsewhere, in instructions of which a processor needs fewer.
+    return (torch.relu(w - threshold) - torch.relu(-w - threshold)) * gain
 
 
 def _shrink(w: Tensor, gain: Tensor, threshold: Tensor) -> None:
-    w.copy_((w - w.clamp(-threshold, threshold)) * gain)
+    w.copy_(_shrunk(w, gain, threshold))
 
 
 def _shrink_rounding(w: Tensor, constants: Tensor, gain: Tensor, threshold: Tensor, pool: Tensor) -> None:
     before = w.float()
-    x = (before - before.clamp(-threshold, threshold)) * gain
+    x = _shrunk(before, gain, threshold)
     w.copy_(saturate(stochastic_round(x, w.dtype, pool ^ constants), w.dtype, before))
 
 
@@ -221,7 +233,7 @@ def _adamw(
 ) -> tuple[Tensor, Tensor]:
     _, threshold, decay, step, root = coefficients.unbind()
     sign, rate1, beta2, rate2, eps = constants.unbind()
-    w = (p - p.clamp(-threshold, threshold)) * gains
+    w = _shrunk(p, gains, threshold)
     gradient = sign * g
     mean = m + (gradient - m) * rate1
     square = beta2 * v + rate2 * gradient * gradient
@@ -229,15 +241,14 @@ def _adamw(
     p.copy_(w)
     m.copy_(mean)
     v.copy_(square)
-    magnitude = w.abs()
-    return magnitude.sum(1), magnitude.square().sum(1)
+    return _sums(w)
 
 
 def _sgd(p: Tensor, g: Tensor, *others: Tensor, nesterov: bool) -> tuple[Tensor, Tensor]:
     *buffers, gains, coefficients, constants = others  # with no buffer, or one
     _, threshold, lr = coefficients.unbind()
     sign, weight_decay, momentum, fresh = constants.unbind()
-    w = (p - p.clamp(-threshold, threshold)) * gains
+    w = _shrunk(p, gains, threshold)
     direction = sign * g + weight_decay * w
     for buffer in buffers:
         mean = momentum * buffer + fresh * direction
@@ -245,5 +256,4 @@ def _sgd(p: Tensor, g: Tensor, *others: Tensor, nesterov: bool) -> tuple[Tensor,
         buffer.copy_(mean)
     w = w - lr * direction
     p.copy_(w)
-    magnitude = w.abs()
-    return magnitude.sum(1), magnitude.square().sum(1)
+    return _sums(w)

@@ -13,12 +13,14 @@ from wcr_optim.layout import flat, local, pieces, sum_over_shards
 from wcr_optim.packing import Packed, batches
 from wcr_optim.uploads import upload
 
-# On the CPU several operations in turn read a chunk, so it and the buffer beside it must fit a core's second-level
-# cache; 2^17 is also what pays for an operation's dispatch. Sums run in the weights' precision within a chunk and in
-# float64 across chunks: no rounding error grows with the layer, and no temporary is larger than a chunk.
-CHUNK = 2**17
-# Layers up to this size are packed together: their operations would cost more in dispatch than in memory.
+# On the CPU several operations in turn read a chunk, so it and the buffer beside it must fit the cores' second-level
+# caches; and each operation must be worth its dispatch and the threads' meeting at its end. Sums run in the weights'
+# precision within a chunk and in float64 across chunks: no rounding error grows with the layer.
+CHUNK = 2**18
+# Layers up to this size are packed together, as many as fit a batch: their operations would cost more in dispatch than
+# in memory.
 SMALL = 2**14
+BATCH = 2**16
 # Where V falls below this share of q, the rounding errors of mu and q show in V = q - mu^2.
 CANCELS = 1e-2
 
@@ -105,7 +107,7 @@ def eager_sums(parts: Sequence[Tensor]) -> Tensor:
         return foreach_sums(parts)
     sums = [[0.0, 0.0]] * len(parts)
     buffers: dict[torch.dtype, Tensor] = {}
-    for batch in batches(parts, range(len(parts)), SMALL, CHUNK):
+    for batch in batches(parts, range(len(parts)), SMALL, BATCH):
         if batch.packed:
             for i, pair in zip(batch.layers, _packed_sums([parts[i] for i in batch.layers]), strict=True):
                 sums[i] = pair
@@ -145,6 +147,11 @@ def chunk_buffer(w: Tensor, buffers: dict[torch.dtype, Tensor]) -> Tensor:
     return buffers[dtype]
 
 
+def shaped(buffer: Tensor, like: Tensor) -> Tensor:
+    """Return the beginning of a flat buffer in the shape of a chunk."""
+    return buffer if like.shape == buffer.shape else buffer[: like.numel()].view(like.shape)
+
+
 def _packed_sums(layers: Sequence[Tensor]) -> list[list[float]]:
     packed = Packed(layers, compute_dtype(layers[0]))
     magnitudes = packed.rows.abs_()
@@ -158,7 +165,7 @@ def _packed_sums(layers: Sequence[Tensor]) -> list[list[float]]:
 def _chunked_sums(w: Tensor, buffer: Tensor) -> list[float]:
     total = squares = 0.0
     for chunk in pieces(w, CHUNK):
-        m = buffer[: chunk.numel()].view(chunk.shape)
+        m = shaped(buffer, chunk)
         if chunk.dtype == m.dtype:
             torch.abs(chunk, out=m)
         else:

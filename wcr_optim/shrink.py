@@ -10,12 +10,14 @@ from torch import Tensor
 
 from wcr_optim import backends
 from wcr_optim.layout import local, pieces
-from wcr_optim.moments import CHUNK, SMALL, chunk_buffer, compute_dtype
+from wcr_optim.moments import BATCH, CHUNK, SMALL, chunk_buffer, compute_dtype, shaped
 from wcr_optim.packing import ROW, Packed, batches
 from wcr_optim.rounding import Noise, round_to, saturate, stochastic_round
 
 __all__ = ["eager_shrink_", "shrink_", "stochastic_round"]
 
+# Weights of less than 32 bits have float32 values, random bits and the pool of these beside them.
+NARROW_CHUNK = CHUNK // 2
 # Elsewhere than on the CPU there is no cache to fit, and a chunk only bounds the temporaries.
 DEVICE_CHUNK = 2**24
 
@@ -69,14 +71,15 @@ def eager_shrink_(parts: Sequence[Tensor], gain: Tensor, threshold: Tensor, nois
     scalars = list(zip(gain.tolist(), threshold.tolist(), strict=True))
     changing = [i for i, pair in enumerate(scalars) if pair != (1.0, 0.0)]
     buffers: dict[torch.dtype, Tensor] = {}
-    for batch in batches(parts, changing, SMALL, CHUNK):
+    for batch in batches(parts, changing, SMALL, BATCH):
         if batch.packed:
             layers = [parts[i] for i in batch.layers]
             _shrink_packed(layers, gain[batch.layers], threshold[batch.layers], noise)
         else:
             (i,) = batch.layers
-            for piece in pieces(parts[i], CHUNK):
-                shrink_piece_(piece, *scalars[i], chunk_buffer(parts[i], buffers), noise)
+            buffer = chunk_buffer(parts[i], buffers)
+            for piece in pieces(parts[i], CHUNK if parts[i].element_size() >= 4 else NARROW_CHUNK):
+                shrink_piece_(piece, *scalars[i], buffer, noise)
 
 
 def traced_shrink_(parts: Sequence[Tensor], gain: Tensor, threshold: Tensor) -> None:
@@ -93,7 +96,7 @@ def make_noise(parts: Sequence[Tensor], seed: int | Tensor | None) -> Noise | No
     if seed is None or not narrow:
         return None
     device = parts[0].device
-    limit = CHUNK if device.type == "cpu" else DEVICE_CHUNK
+    limit = NARROW_CHUNK if device.type == "cpu" else DEVICE_CHUNK
     # Small layers come packed together, so a request can be as large as all of them.
     return Noise(int(seed), min(limit, sum(narrow) + ROW * len(narrow)), device)
 
@@ -103,7 +106,7 @@ def shrink_piece_(piece: Tensor, gain: Any, threshold: Any, buffer: Tensor | Non
     dtype = compute_dtype(piece)
     w = piece if piece.dtype == dtype else piece.to(dtype)
     if not (isinstance(threshold, float) and threshold == 0.0):
-        out = None if buffer is None else buffer[: w.numel()].view(w.shape)
+        out = None if buffer is None else shaped(buffer, w)
         # |w| - threshold beyond the threshold, exactly zero within it
         w.sub_(torch.clamp(w, -threshold, threshold, out=out))
     if not (isinstance(gain, float) and gain == 1.0):
