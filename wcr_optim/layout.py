@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from wcr_optim.uploads import select, upload
+
 if TYPE_CHECKING:
-    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed import ProcessGroup
     from torch.distributed.tensor import DTensor
 
 
@@ -64,8 +66,8 @@ def pieces(tensor: Tensor, limit: int) -> Iterator[Tensor]:
 def sum_over_shards(sums: Tensor, tensors: Sequence[Tensor]) -> Tensor:
     """Add up the rows that belong to sharded tensors over the ranks that hold their shards.
 
-    One all-reduce for every mesh dimension that shards anything, for all tensors together; a dimension over which a
-    tensor is replicated already holds its sum.
+    One all-reduce for every group of ranks that shards anything, for all tensors together: one with FSDP2 alone, two
+    with tensor parallelism beside it. A mesh dimension over which a tensor is replicated already holds its sum.
 
     Args:
         sums: Local sums, shape (layers, k), one row per tensor.
@@ -78,7 +80,9 @@ def sum_over_shards(sums: Tensor, tensors: Sequence[Tensor]) -> Tensor:
         ValueError: If a DTensor holds pending partial sums.
 
     """
-    rows: defaultdict[tuple[DeviceMesh, int], list[int]] = defaultdict(list)
+    # By group, not by mesh: with FSDP2 over tensor parallelism, norms lie on a mesh of one dimension and matrices on
+    # one of two, whose first has the same ranks.
+    rows: defaultdict[ProcessGroup, list[int]] = defaultdict(list)
     for row, tensor in enumerate(tensors):
         sharded = as_dtensor(tensor)
         if sharded is None:
@@ -88,12 +92,10 @@ def sum_over_shards(sums: Tensor, tensors: Sequence[Tensor]) -> Tensor:
                 raise ValueError(
                     f"weights with placements {sharded.placements} hold pending partial sums; redistribute them first"
                 )
-            if not placement.is_replicate():
-                rows[sharded.device_mesh, dim].append(row)
-    if not rows:
-        return sums
-    for (mesh, dim), index in rows.items():
-        part = sums[index].contiguous()
-        torch.distributed.all_reduce(part, group=mesh.get_group(dim))
-        sums = sums.index_copy(0, torch.tensor(index, device=sums.device), part)
+            if not placement.is_replicate() and sharded.device_mesh.size(dim) > 1:
+                rows[sharded.device_mesh.get_group(dim)].append(row)
+    for group, index in rows.items():
+        part = select(sums, index).clone()
+        torch.distributed.all_reduce(part, group=group)
+        sums = sums.index_copy(0, upload(tuple(index), torch.int64, sums.device), part)
     return sums
