@@ -36,6 +36,7 @@ class Task:
         calibration: Batches of training inputs for BatchNorm, None where there is none.
         exclude: What is not pruned, as in `pruning.sweep`.
         goals: The sparsities at which methods are compared and strengths are chosen.
+        tolerance: How much worse than the baseline's a dense value may be and still count as equal, in the metric's units.
         lr: Peak learning rate of each base optimizer that the task is trained with.
         weight_decay: Of each base optimizer, on the weights that are pruned.
         data: Where the data comes from: a name, and a hash where it is not the same everywhere.
@@ -53,6 +54,7 @@ class Task:
     calibration: Callable[[], list[Tensor]] | None = None
     exclude: tuple[str, ...] = ()
     goals: tuple[float, ...] = (0.95, 0.97, 0.98)
+    tolerance: float = 0.5
     lr: Mapping[str, float] = field(default_factory=lambda: {"sgd": 0.1, "adamw": 1e-3})
     weight_decay: Mapping[str, float] = field(default_factory=lambda: {"sgd": 5e-4, "adamw": 1e-2})
     data: str = ""

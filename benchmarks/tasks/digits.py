@@ -1,4 +1,4 @@
-"""Handwritten digits: scikit-learn's 1,797 real 8x8 images in ten classes; a small CNN with BatchNorm and an MLP."""
+"""Handwritten digits: scikit-learn's 1,797 real 8x8 images in ten classes; a CNN and a residual network with BatchNorm, an MLP."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from benchmarks.tasks import Task, epochs
+from benchmarks.tasks.networks import ResNet
 
 NAME = "digits_cnn"
 
@@ -73,6 +74,11 @@ def mlp() -> nn.Module:
     )
 
 
+def resnet() -> nn.Module:
+    """Three residual blocks of 16, 32 and 64 channels; 78 k parameters."""
+    return ResNet(1, 10, widths=(16, 32, 64), blocks=1)
+
+
 @torch.no_grad()
 def accuracy(model: nn.Module, split: Split) -> float:
     """Return the share of images classified right, in percent."""
@@ -80,7 +86,7 @@ def accuracy(model: nn.Module, split: Split) -> float:
     return 100 * (model(split.images.to(device)).argmax(1).cpu() == split.labels).double().mean().item()
 
 
-def _task(name: str, build: Callable[[], nn.Module], calibrated: bool) -> Task:
+def _task(name: str, build: Callable[[], nn.Module], calibrated: bool, steps: int = 640) -> Task:
     data = load()
 
     def model(seed: int) -> nn.Module:
@@ -92,7 +98,7 @@ def _task(name: str, build: Callable[[], nn.Module], calibrated: bool) -> Task:
         suite="vision",
         metric="accuracy",
         best=max,
-        steps=640,
+        steps=steps,
         model=model,
         batches=lambda seed, steps, scale: epochs(*data["train"], 64 * scale, seed, steps),
         loss=lambda network, batch: cross_entropy(network(batch[0]), batch[1]),
@@ -106,4 +112,5 @@ def _task(name: str, build: Callable[[], nn.Module], calibrated: bool) -> Task:
 TASKS: dict[str, Callable[[], Task]] = {
     "digits_mlp": lambda: _task("digits_mlp", mlp, calibrated=False),
     "digits_cnn": lambda: _task("digits_cnn", cnn, calibrated=True),
+    "digits_resnet": lambda: _task("digits_resnet", resnet, calibrated=True, steps=400),
 }

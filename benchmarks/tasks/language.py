@@ -140,6 +140,7 @@ def _task() -> Task:
         evaluate=lambda network, split: bits_per_byte(network, getattr(corpus, split)),
         exclude=("lm_head",),
         goals=(0.5, 0.7, 0.8),
+        tolerance=0.05,
         lr={"adamw": 1e-3},
         weight_decay={"adamw": 1e-2},
         data=f"Python standard library, sha256 {corpus.sha256[:12]}",
