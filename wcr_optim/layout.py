@@ -99,3 +99,40 @@ def sum_over_shards(sums: Tensor, tensors: Sequence[Tensor]) -> Tensor:
         torch.distributed.all_reduce(part, group=group)
         sums = sums.index_copy(0, upload(tuple(index), torch.int64, sums.device), part)
     return sums
+
+
+def random_streams(tensors: Sequence[Tensor]) -> list[tuple[int, list[int]]]:
+    """Divide tensors so that ranks draw the same random numbers exactly where they hold the same elements.
+
+    Copies on several ranks would drift apart if they were rounded by different draws, and the rounding errors of
+    different parts would add up if they were rounded by equal ones. What is drawn for a tensor depends on the sizes of
+    those before it, so only tensors of one layout may share a stream: ranks that hold the same part of one of them hold
+    the same parts of all.
+
+    Returns:
+        The number of each layout's stream, which is this rank's own where it holds a part of its own, and the indices
+        of its tensors. A process that holds everything has stream 0 alone.
+
+    """
+    layouts: defaultdict[object, list[int]] = defaultdict(list)
+    for index, tensor in enumerate(tensors):
+        sharded = as_dtensor(tensor)
+        layouts[None if sharded is None else (sharded.device_mesh, sharded.placements)].append(index)
+    streams, first = [], 0
+    for members in layouts.values():
+        part, parts = _part(tensors[members[0]])
+        streams.append((first + part, members))
+        first += parts
+    return streams
+
+
+def _part(tensor: Tensor) -> tuple[int, int]:
+    """Return which of how many different parts of a tensor this rank holds."""
+    sharded = as_dtensor(tensor)
+    part, parts = 0, 1
+    if sharded is not None:
+        for dim, placement in enumerate(sharded.placements):
+            if not placement.is_replicate():
+                size = sharded.device_mesh.size(dim)
+                part, parts = part * size + sharded.device_mesh.get_local_rank(dim), parts * size
+    return part, parts

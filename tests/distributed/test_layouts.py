@@ -3,13 +3,11 @@
 import pytest
 import torch
 import torch.distributed as dist
-from layouts import LAYOUTS, RANKS, Laid, full, network
+from layouts import LAYOUTS, RANKS, Laid, assert_copies_equal, full, network
 from processes import run_processes
-from torch.distributed.tensor import DTensor
 
 from benchmarks.scaling import Collectives
 from wcr_optim import SAM, SSAM, WCR, CrAM, HoyerDecay, L1Decay, SparsityTarget
-from wcr_optim.layout import local
 from wcr_optim.pruning import magnitude_masks
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch was built without torch.distributed")
@@ -58,18 +56,6 @@ def steps(laid, optimizer, with_closure):
 def assert_close(expected, laid, what):
     for (name, p), q in zip(laid.net.named_parameters(), expected.parameters(), strict=True):
         torch.testing.assert_close(full(p), q.detach(), rtol=1e-9, atol=1e-11, msg=f"{what} {name}")
-
-
-def assert_copies_equal(net):
-    """Parts that several ranks hold are the same on all of them, bit for bit."""
-    for name, p in net.named_parameters():
-        placements = p.placements if isinstance(p, DTensor) else ()
-        kept = [i for i, placement in enumerate(placements) if not placement.is_replicate()]
-        place = tuple(p.device_mesh.get_coordinate()[i] for i in kept) if kept else ()
-        everyone = [None] * dist.get_world_size()
-        dist.all_gather_object(everyone, (place, local(p.detach())))
-        for there, copy in everyone:
-            assert there != place or torch.equal(copy, local(p.detach())), name
 
 
 def _every_method_equals_one_process(rank):
