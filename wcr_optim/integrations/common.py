@@ -6,9 +6,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
+from torch.optim import Optimizer
 
-from wcr_optim import metrics
+from wcr_optim.metrics import optimizer_concentration
 from wcr_optim.parameters import Selector
 from wcr_optim.pruning import applied, magnitude_masks, recalibrate_batchnorm
 from wcr_optim.pruning.batchnorm import statistics_restored
@@ -20,36 +22,23 @@ from wcr_optim.target import SparsityTarget
 __all__ = ["check_count", "check_sparsities", "concentration_values", "metric_at", "pruned", "target_values"]
 
 
-def concentration_values(
-    model: nn.Module,
-    exclude: Iterable[Selector] | Selector = (),
-    *,
-    per_layer: bool = False,
-    prefix: str = "concentration/",
-) -> dict[str, float]:
-    """Measure how concentrated a model's prunable weights are, as numbers that a logger takes.
+def concentration_values(optimizer: Optimizer, prefix: str = "concentration/") -> dict[str, float]:
+    """Measure how concentrated the weights under a penalty are, as numbers that a logger takes.
 
     Args:
-        model: The model.
-        exclude: Which weights to leave out, as in `wcr_optim.pruning.prunable_weights` (default: ())
-        per_layer: Whether to give every layer's numbers beside the total's (default: False)
+        optimizer: An optimizer with a decoupled penalty in its chain.
         prefix: What the names begin with (default: "concentration/")
 
     Returns:
-        By name: ``top_1%``, ``top_5%`` and ``top_10%``, the shares of the energy in so many of the weights; ``gini``;
-        ``effective_share``, the effective number of weights over their number; and ``lossless_sparsity``, see
-        `wcr_optim.metrics.LayerConcentration`. A layer's names have ``/`` and its name behind them.
+        ``mean``, ``min`` and ``max`` over the layers of `wcr_optim.metrics.optimizer_concentration`, by one copy from
+        the device.
+
+    Raises:
+        ValueError: If there is no penalty in the chain.
     """
-    found = metrics.concentration(model, exclude=exclude)
-    values = {}
-    for row in (found.total, *(found.layers if per_layer else ())):
-        suffix = "" if row is found.total else f"/{row.name}"
-        numbers = {f"top_{100 * share:g}%": energy for share, energy in row.top.items()}
-        numbers["gini"] = row.gini
-        numbers["effective_share"] = row.effective_weights / max(row.weights, 1)
-        numbers["lossless_sparsity"] = row.lossless_sparsity
-        values.update({f"{prefix}{name}{suffix}": number for name, number in numbers.items()})
-    return values
+    layers = optimizer_concentration(optimizer)
+    mean, least, most = torch.stack([layers.mean(), layers.min(), layers.max()]).tolist()
+    return {f"{prefix}mean": mean, f"{prefix}min": least, f"{prefix}max": most}
 
 
 def target_values(target: SparsityTarget, prefix: str = "sparsity_target/") -> dict[str, float]:
