@@ -36,7 +36,8 @@ class Task:
         calibration: Batches of training inputs for BatchNorm, None where there is none.
         exclude: What is not pruned, as in `pruning.sweep`.
         goals: The sparsities at which methods are compared and strengths are chosen.
-        tolerance: How much worse than the baseline's a dense value may be and still count as equal, in the metric's units.
+        tolerance: How much worse than the baseline's a dense value may be and still count as equal, in the metric's
+            units.
         lr: Peak learning rate of each base optimizer that the task is trained with.
         weight_decay: Of each base optimizer, on the weights that are pruned.
         data: Where the data comes from: a name, and a hash where it is not the same everywhere.

@@ -1,4 +1,4 @@
-"""Handwritten digits: scikit-learn's 1,797 real 8x8 images in ten classes; a CNN and a residual network with BatchNorm, an MLP."""
+"""Handwritten digits: scikit-learn's 1,797 real 8x8 images in ten classes; two networks with BatchNorm, and an MLP."""
 
 from __future__ import annotations
 

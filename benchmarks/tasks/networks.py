@@ -11,7 +11,7 @@ from torch.nn.functional import relu
 
 
 def convolution(inputs: int, outputs: int, size: int = 3, stride: int = 1) -> nn.Sequential:
-    """A convolution that keeps height and width, or divides them by the stride, and its BatchNorm."""
+    """Return a convolution that keeps height and width, or divides them by the stride, and its BatchNorm."""
     return nn.Sequential(
         nn.Conv2d(inputs, outputs, size, stride, padding=size // 2, bias=False), nn.BatchNorm2d(outputs)
     )

@@ -1,7 +1,7 @@
 """Textures: from which of scikit-image's photographs a small gray patch was cut; a CNN with BatchNorm.
 
-Every photograph is divided into cells with gaps between them; whole cells belong to training, validation or test, so that
-no pixel is in two of them, and no two patches of different parts touch.
+Every photograph is divided into cells with gaps between them; whole cells belong to training, validation or test, so
+that no pixel is in two of them, and no two patches of different parts touch.
 """
 
 from __future__ import annotations
