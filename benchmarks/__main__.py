@@ -14,6 +14,8 @@ BENCHMARKS = {
     "vision": "all methods on image classification: digits and textures",
     "language": "all methods on the fine-tuning of a language model",
     "segmentation": "all methods on segmentation: mosaics of textures and stained tissue",
+    "ablations": "what each part of the method is worth",
+    "convergence": "the gradient's norm over training with and without a penalty",
     "report": "tables and pictures of the stored results of these three",
     "sharpness-cost": "a training step of SAM and SSAM against their base's",
 }

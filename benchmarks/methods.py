@@ -15,7 +15,9 @@ from torch.optim import Optimizer
 
 from benchmarks.gradual import GradualPruning
 from benchmarks.tasks import Task
+from benchmarks.variants import ExplicitStep, InLoss, Window
 from wcr_optim import SAM, SSAM, WCR, CrAM, HoyerDecay, L1Decay, L2Decay, SparseSAM, SparsityTarget, param_groups
+from wcr_optim.penalties import InverseVariance, ScaleFree
 
 Groups = list[dict[str, Any]]
 
@@ -37,6 +39,10 @@ PENALTIES: dict[str, Callable[[Optimizer, float], Optimizer]] = {
     "wcr": WCR,
     "scale_free": lambda base, strength: WCR(base, strength, form="scale_free"),
     "relative": lambda base, strength: WCR(base, strength, form="relative"),
+    "wcr_in_loss": lambda base, strength: InLoss(base, InverseVariance(), strength),
+    "wcr_explicit": lambda base, strength: ExplicitStep(base, InverseVariance(), strength),
+    "scale_free_in_loss": lambda base, strength: InLoss(base, ScaleFree(), strength),
+    "scale_free_explicit": lambda base, strength: ExplicitStep(base, ScaleFree(), strength),
     "target": lambda base, strength: WCR(base, strength or 1e-3, form="scale_free"),
 }
 PRUNING = ("random", "gradual")
@@ -135,15 +141,32 @@ class Method:
         rho: float = 0.0,
         *,
         exclude: Any = (),
+        layers: str = "weights",
     ) -> Optimizer:
-        """Build the optimizer of a model's parameters; what is not pruned gets neither decay nor penalty."""
+        """Build the optimizer of a model's parameters.
+
+        Args:
+            model: The model.
+            lr: Learning rate.
+            weight_decay: The base's, on the weights that are pruned.
+            strength: Of the penalty (default: 0.0)
+            rho: Of the sharpness-aware method; 0 stands for its authors' default (default: 0.0)
+            exclude: What is not pruned, and gets neither decay nor penalty (default: ())
+            layers: Which parameters the penalty reaches: "weights", those that are pruned; "inner", all of them but
+                the first and the last; "all", biases and norms too (default: "weights")
+        """
         groups = param_groups(model, weight_decay=weight_decay, weight_concentration=strength, exclude=exclude)
+        if layers == "inner":
+            groups = _inner(groups)
         for group in groups:
-            concentration = group.pop("weight_concentration")
+            del group["weight_concentration"]
             if self.penalty == "prox" and group is groups[0]:
                 group.update(prox_type="ProxLasso", group_type="ElemGrouper")
             elif self.penalty is not None and self.penalty != "prox":
-                group[OPTION.get(self.penalty, "weight_concentration")] = concentration if group is groups[0] else 0.0
+                reached = group is groups[0] or layers == "all"
+                group[OPTION.get(self.penalty, "weight_concentration")] = strength if reached else 0.0
+                if layers == "all":
+                    group["min_ndim"] = 1
         if self.penalty == "target":
             groups[0]["weight_concentration"] = 1.0  # the ratio between groups is all that SparsityTarget keeps of it
         optimizer = BASES[self.base](groups, lr)
@@ -161,7 +184,18 @@ class Method:
             return SparsityTarget(optimizer, goal, steps, **options)
         if self.pruning == "gradual":
             return GradualPruning(model, goal, steps, exclude=task.exclude)
+        if options:
+            option = OPTION.get(self.penalty or "", "weight_concentration")
+            return Window(optimizer, option, steps, options.get("from", 0.0), options.get("until", 1.0))
         return None
+
+
+def _inner(groups: Groups) -> Groups:
+    """Put the first and the last of the weights into the group of what is not regularized; they still decay."""
+    first, *rest = groups
+    weights = first["params"]
+    outer = first | {"params": [weights[0], weights[-1]]}
+    return [first | {"params": weights[1:-1]}, outer, *rest]
 
 
 def _prox(base: Optimizer, strength: float) -> Optimizer:

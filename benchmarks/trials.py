@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -18,6 +19,7 @@ from benchmarks.methods import Method
 from benchmarks.tasks import SPARSITIES, Task
 from wcr_optim import pruning
 from wcr_optim.pruning.sweep import Evaluate
+from wcr_optim.pruning.threshold import Scope
 
 MEASURED = (
     "sparsity",
@@ -35,6 +37,7 @@ MEASURED = (
     "warned",
 )
 RANDOM_DRAWS = 3
+PATTERNS = ((2, 4), (1, 4), (1, 8))
 
 
 @dataclass(frozen=True)
@@ -48,8 +51,9 @@ class Trial:
         strength: Of the penalty.
         rho: Of the sharpness-aware method; 0 stands for its authors' default.
         goal: Wanted sparsity, for methods that are told it.
-        options: Settings of the run as name=value;name=value: lr and batch scale both, wd is the base's weight decay,
-            anything else goes to SparsityTarget.
+        options: Settings of the run as name=value;name=value: lr and batch are factors, wd is the base's weight decay,
+            layers says what the penalty reaches, from and until are shares of the run within which a fixed strength
+            acts; anything else goes to SparsityTarget.
         split: What it is measured on: validation or test.
         steps: Optimizer steps; 0 stands for the task's.
     """
@@ -109,7 +113,10 @@ def train(trial: Trial, device: str = "cpu", progress: Callable[[], None] = lamb
     steps, scale = steps_of(trial), int(settings.pop("batch", 1))
     network = task.model(trial.seed).to(device)
     torch.manual_seed(trial.seed)  # what the method draws, such as CrAM's sparsities
-    optimizer = method.optimizer(network, lr, weight_decay, trial.strength, trial.rho, exclude=task.exclude)
+    layers = settings.pop("layers", "weights")
+    optimizer = method.optimizer(
+        network, lr, weight_decay, trial.strength, trial.rho, exclude=task.exclude, layers=layers
+    )
     follower = method.follower(optimizer, network, task, trial.goal, steps, settings)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     evaluations, warned, started = 0, "", time.perf_counter()
@@ -178,25 +185,83 @@ def measure(trial: Trial, trained: Trained, sparsities: Sequence[float] = SPARSI
         return task.evaluate(network, trial.split)
 
     if method.pruning == "random":
-        yield from _random(trial, task, trained.network, evaluate, sparsities)
+        with statistics_kept(trained.network):
+            yield from _random(trial, task, trained.network, evaluate, sparsities)
         return
     calibration = None if task.calibration is None else moved(task.calibration(), _device(trained.network))
     thorough = trial.split == "test"
-    for scope in ("global", "layer") if thorough else ("global",):
-        for batches in (calibration, None) if thorough and calibration is not None else (calibration,):
-            result = pruning.sweep(
-                trained.network, evaluate, sparsities, scope, batches, exclude=task.exclude, progress=False
-            )
-            for row in result.rows:
-                for metric, value in row.metrics.items():
-                    yield {
-                        "sparsity": row.sparsity,
-                        "scope": scope,
-                        "recalibrated": result.recalibrated,
-                        "metric": task.metric if metric == "score" else metric,
-                        "value": round(value, 4),
-                        "prunable": row.total,
-                    }
+    sweeps: list[tuple[Scope, list[Tensor] | None]] = [("global", calibration)]
+    if thorough:
+        sweeps.append(("layer", calibration))
+        if calibration is not None:
+            sweeps.append(("global", None))
+    for scope, batches in sweeps:
+        result = pruning.sweep(
+            trained.network, evaluate, sparsities, scope, batches, exclude=task.exclude, progress=False
+        )
+        for row in result.rows:
+            yield from _rows(task, row.sparsity, scope, result.recalibrated, row.metrics, row.total)
+    if thorough:
+        with statistics_kept(trained.network):
+            yield from _patterns(task, trained.network, evaluate, calibration)
+
+
+def _rows(
+    task: Task, sparsity: float, scope: str, recalibrated: bool, found: float | Mapping[str, float], prunable: int
+) -> Iterator[dict[str, Any]]:
+    metrics = found if isinstance(found, Mapping) else {"score": found}
+    for metric, value in metrics.items():
+        yield {
+            "sparsity": sparsity,
+            "scope": scope,
+            "recalibrated": recalibrated,
+            "metric": task.metric if metric == "score" else metric,
+            "value": round(value, 4),
+            "prunable": prunable,
+        }
+
+
+def _patterns(
+    task: Task, network: nn.Module, evaluate: Evaluate, batches: list[Tensor] | None
+) -> Iterator[dict[str, Any]]:
+    """Yield the values of N:M patterns, and of the wanted sparsities with what is left quantized to int8."""
+    ways = [(f"{n}:{m}", 1 - n / m, pruning.n_m_masks(network, n, m, exclude=task.exclude)) for n, m in PATTERNS]
+    for goal in task.goals:
+        ways.append(("int8", goal, pruning.magnitude_masks(network, goal, exclude=task.exclude)))
+    for scope, sparsity, masks in ways:
+        with pruning.applied(network, masks), torch.no_grad(), quantized(network, masks, scope == "int8"):
+            if batches is not None:
+                pruning.recalibrate_batchnorm(network, batches)
+            yield from _rows(task, sparsity, scope, batches is not None, evaluate(network), masks.total)
+
+
+@contextmanager
+def quantized(network: nn.Module, masks: pruning.Masks, wanted: bool) -> Iterator[None]:
+    """Round weights to 255 levels, symmetric and with a scale for each output channel, for the block only.
+
+    w <- s round(w / s), s = max |w| of the channel / 127, which keeps zeros zero.
+    """
+    weights = dict(network.named_parameters())
+    before = {name: weights[name].clone() for name in masks} if wanted else {}
+    for name, w in before.items():
+        scale = w.abs().flatten(1).amax(1).clamp(min=1e-12).view(-1, *[1] * (w.ndim - 1)) / 127
+        weights[name].copy_(scale * (w / scale).round())
+    try:
+        yield
+    finally:
+        for name, w in before.items():
+            weights[name].copy_(w)
+
+
+@contextmanager
+def statistics_kept(network: nn.Module) -> Iterator[None]:
+    """Put buffers, such as BatchNorm's statistics, back after the block."""
+    before = {name: buffer.clone() for name, buffer in network.named_buffers()}
+    try:
+        yield
+    finally:
+        for name, buffer in network.named_buffers():
+            buffer.copy_(before[name])
 
 
 def _random(
@@ -204,7 +269,6 @@ def _random(
 ) -> Iterable[dict[str, Any]]:
     """Yield the mean over a few draws: the floor that every criterion has to beat."""
     batches = None if task.calibration is None else moved(task.calibration(), _device(network))
-    statistics = {name: buffer.clone() for name, buffer in network.named_buffers()}
     for sparsity in sparsities:
         drawn = []
         for draw in range(RANDOM_DRAWS):
@@ -214,17 +278,8 @@ def _random(
                     pruning.recalibrate_batchnorm(network, batches)
                 found = evaluate(network)
             drawn.append(found if isinstance(found, Mapping) else {task.metric: found})
-        for metric in drawn[0]:
-            yield {
-                "sparsity": sparsity,
-                "scope": "global",
-                "recalibrated": batches is not None,
-                "metric": metric,
-                "value": round(sum(values[metric] for values in drawn) / RANDOM_DRAWS, 4),
-                "prunable": masks.total,
-            }
-    for name, buffer in network.named_buffers():
-        buffer.copy_(statistics[name])
+        means = {metric: sum(values[metric] for values in drawn) / RANDOM_DRAWS for metric in drawn[0]}
+        yield from _rows(task, sparsity, "global", batches is not None, means, masks.total)
 
 
 def curvature(trial: Trial, network: nn.Module, device: str) -> float:

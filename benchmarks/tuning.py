@@ -37,13 +37,16 @@ RHOS = (0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 4.0)
 Rows = Sequence[Mapping[str, str]]
 
 
-def grid(task: str, method: str, count: int) -> list[tuple[float, float]]:
+def grid(method: str, count: int) -> list[tuple[float, float]]:
     """Return pairs of strength and rho to search, `count` of them; one pair where nothing is searched."""
     parts = Method.of(method)
     rho = RHO.get(parts.sharpness or "", 0.0)
     if parts.searched == "strength":
         assert parts.penalty is not None
-        lowest = LOWEST[parts.base][parts.penalty]
+        penalty = parts.penalty.removesuffix("_explicit")
+        lowest = LOWEST[parts.base][penalty.removesuffix("_in_loss")]
+        if penalty.endswith("_in_loss"):
+            lowest /= 10  # momentum adds up ten steps of it
         between = max(count - 1, 1)
         return [(float(f"{lowest * 10 ** (DECADES * k / between):.3g}"), rho) for k in range(count)]
     if parts.searched == "rho":
@@ -60,7 +63,7 @@ def searches(
     trials = []
     for method in methods:
         goals = tasks.task(task).goals if Method.of(method).has_goal else (0.0,)
-        for strength, rho in grid(task, method, count):
+        for strength, rho in grid(method, count):
             for goal in goals:
                 for seed in seeds:
                     trials.append(
@@ -94,7 +97,9 @@ def _options(method: str, options: str) -> str:
     return options if Method.of(method).penalty == "target" else ""
 
 
-def chosen(rows: Rows, task: str, method: str, goal: float, *, careful: bool = False) -> tuple[float, float] | None:
+def chosen(
+    rows: Rows, task: str, method: str, goal: float, *, careful: bool = False, options: str = ""
+) -> tuple[float, float] | None:
     """Return strength and rho with the best mean on the validation split at a sparsity; of equals, the best dense one.
 
     Args:
@@ -104,11 +109,12 @@ def chosen(rows: Rows, task: str, method: str, goal: float, *, careful: bool = F
         goal: The sparsity.
         careful: Choose only among those whose dense value is within the task's tolerance of the baseline's (default:
             False)
+        options: Those of the runs (default: "")
 
     Returns:
         None if there are no runs, or none that is careful enough.
     """
-    values = validation_means(rows, task, method)
+    values = validation_means(rows, task, method, options)
     if not values:
         return None
     kind = tasks.task(task)
@@ -133,14 +139,16 @@ def within_tolerance(task: str, dense: float, baseline: float) -> bool:
     return worse <= kind.tolerance + 1e-9
 
 
-def validation_means(rows: Rows, task: str, method: str) -> dict[tuple[float, float], dict[float, float]]:
-    """Return the means over seeds at each sparsity, by strength and rho; runs with options of their own left out."""
+def validation_means(
+    rows: Rows, task: str, method: str, options: str = ""
+) -> dict[tuple[float, float], dict[float, float]]:
+    """Return the means over seeds at each sparsity, by strength and rho, of the runs with the given options."""
     kind = tasks.task(task)
     found: dict[tuple[float, float], dict[float, list[float]]] = {}
     for row in rows:
         if (row["task"], row["method"], row["split"]) != (task, method, "validation") or row["metric"] != kind.metric:
             continue
-        if row["scope"] == "global" and not row["options"]:
+        if row["scope"] == "global" and row["options"] == options:
             at = found.setdefault((float(row["strength"]), float(row["rho"])), {})
             at.setdefault(float(row["sparsity"]), []).append(float(row["value"]))
     return {
