@@ -1,6 +1,8 @@
 """Hugging Face's Trainer with the optimizers and callbacks of this package; the real one, nothing stands in for it."""
 
+import copy
 import json
+import math
 import os
 import re
 import signal
@@ -206,6 +208,22 @@ class TestSparsityTarget:
         assert callback.target.history == target.history
         assert len({row[3] for row in target.history}) > 3, "the strength moved"
         assert_same(plain, framed)
+
+    def test_compiled_and_copied_models(self, tmp_path):
+        """The loss is read from the model that trains, whatever runs it, and not from copies of it."""
+
+        class Copies(TrainerCallback):
+            def on_step_end(self, args, state, control, **kwargs):
+                copy.deepcopy(kwargs["model"])(**next(batches(text(), 1)))
+
+        histories = []
+        for changes in ({}, {"torch_compile": True, "torch_compile_backend": "aot_eager"}):
+            model = network()
+            callback = SparsityTargetCallback(0.5, tail_energy=0.5, every=1)
+            trainer_of(tmp_path, model, driven(groups_of(model)), callbacks=[callback, Copies()], **changes).train()
+            histories.append(callback.target.history)
+        assert histories[0] == histories[1]
+        assert all(math.isfinite(smooth) for *_, smooth in histories[0])
 
     def test_reaches_its_goal_without_a_warning(self, tmp_path):
         model, steps = network(), 80

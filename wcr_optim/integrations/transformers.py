@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
@@ -18,7 +19,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from wcr_optim import pruning
-from wcr_optim.integrations.common import check_count, check_sparsities, metric_at, target_values
+from wcr_optim.integrations.common import (
+    check_count,
+    check_sparsities,
+    concentration_values,
+    metric_at,
+    target_values,
+)
 from wcr_optim.metrics import optimizer_concentration
 from wcr_optim.parameters import Selector, param_groups
 from wcr_optim.pruning.select import Selection
@@ -212,9 +219,7 @@ class ConcentrationCallback(TrainerCallback):
             self._log(kwargs["optimizer"])
 
     def _log(self, optimizer: Optimizer) -> None:
-        layers = optimizer_concentration(_unprepared(optimizer))
-        mean, least, most = torch.stack([layers.mean(), layers.min(), layers.max()]).tolist()
-        logs = {"concentration/mean": mean, "concentration/min": least, "concentration/max": most}
+        logs = concentration_values(_unprepared(optimizer))
         for callback in self.trainer.callback_handler.callbacks:
             if isinstance(callback, SparsityTargetCallback) and callback.target is not None:
                 logs.update(target_values(callback.target))
@@ -331,13 +336,15 @@ class _Losses:
     def __init__(self, model: nn.Module, args: TrainingArguments) -> None:
         self._losses: list[Tensor] = []
         self._summed = False
+        self._model = weakref.ref(model)
         # With the count of items over all ranks in its denominator, a rank's loss is a part of the mean, not a mean.
         self._parts = args.world_size if args.average_tokens_across_devices else 1
-        self._handle = model.register_forward_hook(self._note, with_kwargs=True) if args.n_gpu <= 1 else None
+        note = torch.compiler.disable(self._note)  # type: ignore[no-untyped-call]  # a graph keeps no lists
+        self._handle = model.register_forward_hook(note, with_kwargs=True) if args.n_gpu <= 1 else None
 
     def _note(self, model: nn.Module, args: Any, kwargs: Mapping[str, Any], output: Any) -> None:
-        if not model.training or not torch.is_grad_enabled():
-            return
+        if model is not self._model() or not model.training or not torch.is_grad_enabled():
+            return  # a copy of the model, or an evaluation
         loss = output.get("loss") if isinstance(output, Mapping) else output[0] if isinstance(output, tuple) else None
         if isinstance(loss, Tensor) and loss.numel() == 1:
             self._losses.append(loss.detach().clone())  # which the Trainer scales in place
@@ -355,9 +362,6 @@ class _Losses:
         """Leave the model alone."""
         if self._handle is not None:
             self._handle.remove()
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> None:
-        return None  # a copied model is not the one that trains
 
 
 @contextmanager
