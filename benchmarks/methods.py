@@ -105,7 +105,7 @@ class Method:
         base, *rest = name.split("+")
         rooms = {"sharpness": SHARPNESS, "penalty": [*PENALTIES, "prox"], "pruning": PRUNING}
         parts = {room: part for part in rest for room, known in rooms.items() if part in known}
-        if base not in BASES or list(parts.values()) != rest:
+        if base not in BASES or len(parts) != len(rest) or Method(base, **parts).name != name:
             known = " ".join([*BASES, *SHARPNESS, *PENALTIES, "prox", *PRUNING])
             raise ValueError(f"there is no method {name!r}; a name is a base and parts in this order: {known}")
         return Method(base, **parts)
