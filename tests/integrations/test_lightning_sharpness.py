@@ -321,3 +321,21 @@ def test_iterators_are_refused():
 
     with pytest.raises(RuntimeError, match="dataloader_iter"):
         fit(Iterating(TWO_PASSES["sam"]), SharpnessCallback())
+
+
+@pytest.mark.parametrize("name", ["wcr_sam", "cram", "ssam"])
+def test_without_the_callback_nothing_goes_wrong_silently(name):
+    make = {**TWO_PASSES, **ONE_PASS}[name]
+
+    class Stepped(ManualSharp):
+        def training_step(self, batch, batch_idx):
+            self.manual_backward(self.loss(batch))
+            self.optimizers().step()
+
+    with pytest.raises(RuntimeError, match="SharpnessCallback"):
+        fit(Net(make), accumulate_grad_batches=2)
+    with pytest.raises(RuntimeError, match="SharpnessCallback"):
+        fit(Stepped(make))
+    if name != "ssam":  # whose steps need no closure
+        with pytest.raises(RuntimeError, match="SharpnessCallback"):
+            fit(Net(make), precision="16-mixed")
