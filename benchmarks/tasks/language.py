@@ -62,7 +62,7 @@ class Size:
 
 
 SMALL = Size("language", 96, 256, 3, 4, 64, 8, 400, 1e-3, 16, 2500, 2e-3, 384)  # 0.38 M parameters, 0.33 M prunable
-LARGE = Size("language_25m", 512, 1408, 8, 8, 512, 32, 1000, 3e-4, 64, 5000, 1e-3, 384)  # 25.9 M, 25.7 M prunable
+LARGE = Size("language_25m", 512, 1408, 8, 8, 512, 32, 600, 3e-4, 64, 2000, 1e-3, 384)  # 25.96 M, 25.69 M prunable
 
 
 class Corpus(NamedTuple):

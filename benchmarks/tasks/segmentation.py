@@ -22,7 +22,7 @@ from torch.nn.functional import cross_entropy
 from benchmarks.tasks import Task, epochs
 from benchmarks.tasks.digits import Split
 from benchmarks.tasks.networks import UNet
-from benchmarks.tasks.textures import photograph, window
+from benchmarks.tasks.textures import cells, photograph, window
 
 TEXTURES = ("brick", "grass", "gravel")
 SIDE = 48
@@ -30,7 +30,7 @@ POINTS = (3, 7)  # of a mosaic: fewest and most Voronoi cells
 MOSAICS = {"train": 320, "validation": 60, "test": 60}
 # Rows of the photographs, 512 by 512 pixels; the 16 between two parts belong to none.
 ROWS = {"train": slice(0, 288), "validation": slice(304, 400), "test": slice(416, 512)}
-TILES = {"train": 320, "validation": 0, "test": 0}
+TILES = 320  # of the tissue, for training
 
 
 def voronoi(classes: int, generator: torch.Generator) -> Tensor:
@@ -61,22 +61,32 @@ def mosaics() -> dict[str, Split]:
     return made
 
 
+def stains(image: np.ndarray) -> Tensor:
+    """Label the pixels of a stained image, shape (h, w, 3): 2 where DAB is, else 1 where haematoxylin is, else 0."""
+    from skimage import color, filters
+
+    separated = color.rgb2hed(image)
+    haematoxylin, dab = (filters.gaussian(separated[..., channel], sigma=1) for channel in (0, 2))
+    stained = [stain > filters.threshold_otsu(stain) for stain in (haematoxylin, dab)]
+    return torch.from_numpy(np.where(stained[1], 2, stained[0].astype(np.int64)))
+
+
 @cache
 def tissue() -> dict[str, Split]:
-    """Cut training tiles at random places, the same at every call; validation and test are a strip each."""
-    from skimage import color, data, filters
+    """Divide the image into cells as the photographs of `textures`; training tiles are cut from its own at random."""
+    from skimage import data
 
-    image = data.immunohistochemistry()
-    stain = filters.gaussian(color.rgb2hed(image)[..., 2], sigma=1)
-    mask = torch.from_numpy((stain > filters.threshold_otsu(stain)).astype(np.int64))
-    both = torch.cat([torch.from_numpy(image).permute(2, 0, 1) / 255.0, mask.float().unsqueeze(0)])
+    both = torch.stack([photograph("immunohistochemistry"), stains(data.immunohistochemistry()).float()])
+    of_part: dict[str, list[Tensor]] = {"train": [], "validation": [], "test": []}
+    for where, cell in cells(both):
+        of_part[where].append(cell)
     generator = torch.Generator().manual_seed(0)
+    chosen = torch.randint(len(of_part["train"]), (TILES,), generator=generator)
+    of_part["train"] = [window(of_part["train"][cell], SIDE, generator) for cell in chosen]
     made = {}
-    for part, rows in ROWS.items():
-        strip = both[:, rows]
-        tiles = [window(strip, SIDE, generator) for _ in range(TILES[part])] or [strip]
-        images, masks = torch.stack(tiles).split([3, 1], dim=1)
-        made[part] = Split(images.contiguous(), masks.squeeze(1).long())
+    for where, tiles in of_part.items():
+        images, masks = torch.stack(tiles).split(1, dim=1)
+        made[where] = Split(images.contiguous(), masks.squeeze(1).long())
     return made
 
 
@@ -127,7 +137,9 @@ def _mean(values: Tensor) -> float:
     return values.nanmean().item() if not values.isnan().all() else math.nan
 
 
-def _task(name: str, data: dict[str, Split], channels: int, classes: int, first_class: int, source: str) -> Task:
+def _task(
+    name: str, data: dict[str, Split], channels: int, classes: int, batch: int, first_class: int, source: str
+) -> Task:
     def model(seed: int) -> nn.Module:
         torch.manual_seed(seed)
         return UNet(channels, classes)
@@ -142,7 +154,7 @@ def _task(name: str, data: dict[str, Split], channels: int, classes: int, first_
         best=max,
         steps=300,
         model=model,
-        batches=lambda seed, steps, scale: batches(data["train"], 8 * scale, seed, steps),
+        batches=lambda seed, steps, scale: batches(data["train"], batch * scale, seed, steps),
         loss=lambda network, batch: cross_entropy(network(batch[0]), batch[1]),
         evaluate=evaluate,
         calibration=lambda: [data["train"].images[::10]],
@@ -151,6 +163,8 @@ def _task(name: str, data: dict[str, Split], channels: int, classes: int, first_
 
 
 TASKS: dict[str, Callable[[], Task]] = {
-    "mosaics": lambda: _task("mosaics", mosaics(), 1, len(TEXTURES), 0, "scikit-image: brick, grass, gravel"),
-    "tissue": lambda: _task("tissue", tissue(), 3, 2, 1, "scikit-image: immunohistochemistry, stain-separation labels"),
+    "mosaics": lambda: _task("mosaics", mosaics(), 1, len(TEXTURES), 8, 0, "scikit-image: brick, grass, gravel"),
+    "tissue": lambda: _task(
+        "tissue", tissue(), 1, 3, 8, 1, "scikit-image: immunohistochemistry, stain-separation labels"
+    ),
 }

@@ -6,6 +6,7 @@ that no pixel is in two of them, and no two patches of different parts touch.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from functools import cache
 
@@ -60,11 +61,11 @@ def part(row: int, column: int) -> str:
 
 
 def cells(image: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """Yield the cells of an image, shape (CELL, CELL), and the part that each belongs to."""
-    for row in range((image.shape[0] + GAP) // (CELL + GAP)):
-        for column in range((image.shape[1] + GAP) // (CELL + GAP)):
-            top, left = row * (CELL + GAP), column * (CELL + GAP)
-            yield part(row, column), image[top : top + CELL, left : left + CELL]
+    """Yield the cells of an image, shape (..., CELL, CELL), and the part that each belongs to."""
+    rows, columns = ((size + GAP) // (CELL + GAP) for size in image.shape[-2:])
+    for row, column in itertools.product(range(rows), range(columns)):
+        top, left = row * (CELL + GAP), column * (CELL + GAP)
+        yield part(row, column), image[..., top : top + CELL, left : left + CELL]
 
 
 def window(image: Tensor, side: int, generator: torch.Generator) -> Tensor:
