@@ -294,10 +294,13 @@ class SparsityTarget:
         if lr == 0.0:
             return  # a warm-up from zero: the next step may tell
         low, high = math.log(1e-20), math.log(1e6)
+        # In a run of a few dozen steps the bound on one step's growth can forbid that: then where the bound begins.
+        most, _ = _effect(self._penalty, layers, math.exp(high) * shares)
+        wanted = min(FIRST_PULL / self.total_steps, most / USELESS)
         for _ in range(50):
             middle = (low + high) / 2
             pull, _ = _effect(self._penalty, layers, math.exp(middle) * shares)
-            low, high = (middle, high) if pull < FIRST_PULL / self.total_steps else (low, middle)
+            low, high = (middle, high) if pull < wanted else (low, middle)
         loop.level = loop.first_level = math.exp(low) / lr
         loop.lr_peak = lr
 
