@@ -19,6 +19,7 @@ class SGD(WCR):
     Args:
         weight_concentration: Strength of WCR; 0 is torch.optim.SGD, bit for bit (default: 0.0).
         form: "inverse_variance" or "scale_free", see `WCR` (default: "inverse_variance").
+        backend: How moments and shrink are computed, see `WCR` (default: "auto").
     """
 
     def __init__(
@@ -36,6 +37,7 @@ class SGD(WCR):
         fused: bool | None = None,
         weight_concentration: float | Tensor = 0.0,
         form: str = "inverse_variance",
+        backend: str = "auto",
     ) -> None:
         base = (FusedSGD if fused else torch.optim.SGD)(
             params,
@@ -49,7 +51,7 @@ class SGD(WCR):
             differentiable=differentiable,
             fused=fused,
         )
-        super().__init__(base, weight_concentration, form)
+        super().__init__(base, weight_concentration, form, backend=backend)
 
 
 class AdamW(WCR):
@@ -61,6 +63,7 @@ class AdamW(WCR):
     Args:
         weight_concentration: Strength of WCR; 0 is torch.optim.AdamW, bit for bit (default: 0.0).
         form: "inverse_variance" or "scale_free", see `WCR` (default: "inverse_variance").
+        backend: How moments and shrink are computed, see `WCR` (default: "auto").
     """
 
     def __init__(
@@ -79,6 +82,7 @@ class AdamW(WCR):
         fused: bool | None = None,
         weight_concentration: float | Tensor = 0.0,
         form: str = "inverse_variance",
+        backend: str = "auto",
     ) -> None:
         base = (FusedAdamW if fused else torch.optim.AdamW)(
             params,
@@ -93,4 +97,4 @@ class AdamW(WCR):
             differentiable=differentiable,
             fused=fused,
         )
-        super().__init__(base, weight_concentration, form)
+        super().__init__(base, weight_concentration, form, backend=backend)
