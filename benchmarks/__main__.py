@@ -11,6 +11,12 @@ BENCHMARKS = {
     "pruning": "time and memory of exact magnitude masks against torch.nn.utils.prune",
     "inference": "speed of pruned layers in sparse formats against dense ones",
     "target": "SparsityTarget against tuned strengths, on digits and a small language model",
+    "vision": "all methods on image classification: digits and textures",
+    "language": "all methods on the fine-tuning of a language model",
+    "segmentation": "all methods on segmentation: mosaics of textures and stained tissue",
+    "ablations": "what each part of the method is worth",
+    "convergence": "the gradient's norm over training with and without a penalty",
+    "report": "tables and pictures of the stored results of these three",
     "sharpness-cost": "a training step of SAM and SSAM against their base's",
 }
 
@@ -27,13 +33,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"unknown benchmark {name!r}; choose one of {', '.join(BENCHMARKS)}", file=sys.stderr)
         return 2
     try:
-        benchmark = importlib.import_module(f"benchmarks.{name.replace('-', '_')}")
+        suite = name in ("vision", "language", "segmentation")
+        benchmark = importlib.import_module("benchmarks.suites" if suite else f"benchmarks.{name.replace('-', '_')}")
     except ModuleNotFoundError as missing:
         if (missing.name or "").split(".")[0] in ("benchmarks", "wcr_optim"):
             raise
         print(f"{missing}; install it with: pip install 'wcr_optim[bench]'", file=sys.stderr)
         return 2
-    return benchmark.main(rest) or 0
+    return (benchmark.main(name, rest) if suite else benchmark.main(rest)) or 0
 
 
 if __name__ == "__main__":

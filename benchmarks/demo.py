@@ -9,26 +9,27 @@ from __future__ import annotations
 import argparse
 import csv
 import itertools
-import multiprocessing
 import statistics
 import sys
 import time
-from collections.abc import Sequence
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.nn.functional import cross_entropy
-from tqdm import tqdm
 
-from benchmarks.methods import BASES, FORMS, Method
-from benchmarks.tasks import digits
+from benchmarks import runner
+from benchmarks.methods import SHARPNESS, Method
+from benchmarks.tasks import SPARSITIES, digits
 from wcr_optim import plots, pruning
 
-SPARSITIES = (0.0, 0.5, 0.7, 0.8, 0.9, 0.95, 0.97, 0.98, 0.99)
 BATCH = 64
+LR = {"sgd": 0.1, "adamw": 2e-3}
+WEIGHT_DECAY = 5e-4
+OPTIMIZERS = [*LR, *SHARPNESS]
+FORMS = ("wcr", "scale_free")
 # Chosen on the validation images with `--split validation` from 1e-3 ... 1e-1; see the README on how to choose.
 STRENGTHS = {None: 0.0, "wcr": 3e-3, "scale_free": 3e-2}
 
@@ -38,6 +39,7 @@ class Trial:
     """One training run."""
 
     method: Method
+    strength: float
     seed: int
     epochs: int
     split: str
@@ -47,9 +49,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the demo; see ``--help``."""
     options = _parse(argv)
     methods = _methods(options)
-    trials = [Trial(method, seed, options.epochs, options.split) for seed in range(options.seeds) for method in methods]
+    trials = [
+        Trial(method, _strength(method, options), seed, options.epochs, options.split)
+        for seed in range(options.seeds)
+        for method in methods
+    ]
     started = time.perf_counter()
-    rows = run(trials, options.jobs)
+    rows = [row for rows in runner.run(run_trial, trials, _epochs, options.jobs, unit="epoch") for row in rows]
     folder = Path(options.output)
     folder.mkdir(parents=True, exist_ok=True)
     write_csv(rows, folder / "demo.csv")
@@ -67,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks demo", description=__doc__.splitlines()[0])
-    parser.add_argument("--methods", default="sgd", help=f"bases, comma-separated, of {','.join(BASES)} (default: sgd)")
+    parser.add_argument("--methods", default="sgd", help=f"comma-separated, of {','.join(OPTIMIZERS)} (default: sgd)")
     parser.add_argument(
         "--wcr",
         choices=("both", "with", "without"),
@@ -87,7 +93,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     for name in ("seeds", "epochs", "jobs"):
         if getattr(options, name) < 1:
             parser.error(f"--{name} must be at least 1, got {getattr(options, name)}")
-    for name, known in (("methods", BASES), ("forms", FORMS)):
+    for name, known in (("methods", OPTIMIZERS), ("forms", FORMS)):
         unknown = [entry for entry in getattr(options, name).split(",") if entry not in known]
         if unknown:
             parser.error(f"--{name}: unknown {unknown[0]!r}; choose of {', '.join(known)}")
@@ -101,50 +107,37 @@ def _methods(options: argparse.Namespace) -> list[Method]:
     if options.wcr != "without":
         forms += options.forms.split(",")
     return [
-        Method(base, form, STRENGTHS[form] if options.strength is None or form is None else options.strength)
-        for base, form in itertools.product(options.methods.split(","), forms)
+        Method("sgd", name, form) if name in SHARPNESS else Method(name, penalty=form)
+        for name, form in itertools.product(options.methods.split(","), forms)
     ]
 
 
-def run(trials: Sequence[Trial], jobs: int) -> list[dict[str, Any]]:
-    """Run trials side by side, with a progress bar over their epochs; rows in the trials' order."""
-    context = multiprocessing.get_context("spawn")
-    epochs_done = context.Value("i", 0)
-    total = sum(trial.epochs for trial in trials)
-    with (
-        tqdm(total=total, unit="epoch", desc="training", dynamic_ncols=True) as bar,
-        ProcessPoolExecutor(jobs, context, initializer=_start, initargs=(epochs_done,)) as pool,
-    ):
-        futures = [pool.submit(run_trial, trial) for trial in trials]
-        pending = set(futures)
-        try:
-            while pending:
-                done, pending = wait(pending, timeout=0.2, return_when=FIRST_COMPLETED)
-                bar.update(epochs_done.value - bar.n)
-                for future in done:
-                    future.result()
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
-    return [row for future in futures for row in future.result()]
+def _strength(method: Method, options: argparse.Namespace) -> float:
+    if method.penalty is None or options.strength is None:
+        return STRENGTHS[method.penalty]
+    strength: float = options.strength
+    return strength
 
 
-_epochs_done: Any = None
+def _name(method: Method) -> str:
+    return method.name.removeprefix("sgd+") if method.sharpness else method.name  # all of them are around SGD here
 
 
-def _start(counter: Any) -> None:
-    global _epochs_done
-    _epochs_done = counter
-    torch.set_num_threads(1)
+def _label(method: Method) -> str:
+    return method.label.removeprefix("SGD + ") if method.sharpness else method.label
 
 
-def run_trial(trial: Trial) -> list[dict[str, Any]]:
+def _epochs(trial: Trial) -> int:
+    return trial.epochs
+
+
+def run_trial(trial: Trial, progress: Callable[[], None]) -> list[dict[str, Any]]:
     """Train, prune at every sparsity and measure; one row per sparsity."""
     started = time.perf_counter()
     data = digits.load()
     torch.manual_seed(trial.seed)
     model = digits.cnn()
-    evaluations = train(model, trial, data["train"])
+    evaluations = train(model, trial, data["train"], progress)
     seconds = time.perf_counter() - started
     result = pruning.sweep(
         model,
@@ -156,9 +149,9 @@ def run_trial(trial: Trial) -> list[dict[str, Any]]:
     return [
         {
             "task": digits.NAME,
-            "method": trial.method.name,
+            "method": _name(trial.method),
             "seed": trial.seed,
-            "strength": trial.method.strength,
+            "strength": trial.strength,
             "sparsity": row.sparsity,
             "recalibrated": result.recalibrated,
             "split": trial.split,
@@ -173,9 +166,9 @@ def run_trial(trial: Trial) -> list[dict[str, Any]]:
     ]
 
 
-def train(model: torch.nn.Module, trial: Trial, split: digits.Split) -> int:
+def train(model: torch.nn.Module, trial: Trial, split: digits.Split, progress: Callable[[], None]) -> int:
     """Train with a cosine schedule; return how many gradients of a mini-batch were computed."""
-    optimizer = trial.method.optimizer(model)
+    optimizer = trial.method.optimizer(model, LR[trial.method.base], WEIGHT_DECAY, trial.strength)
     batches = len(split.images) // BATCH
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, trial.epochs * batches)
     evaluations = 0
@@ -194,9 +187,7 @@ def train(model: torch.nn.Module, trial: Trial, split: digits.Split) -> int:
 
             optimizer.step(closure)
             scheduler.step()
-        if _epochs_done is not None:
-            with _epochs_done.get_lock():
-                _epochs_done.value += 1
+        progress()
     return evaluations
 
 
@@ -209,12 +200,12 @@ def write_csv(rows: Sequence[dict[str, Any]], path: Path) -> None:
 
 
 def _values(rows: Sequence[dict[str, Any]], method: Method, sparsity: float) -> list[float]:
-    return [row["value"] for row in rows if row["method"] == method.name and row["sparsity"] == sparsity]
+    return [row["value"] for row in rows if row["method"] == _name(method) and row["sparsity"] == sparsity]
 
 
 def table(rows: Sequence[dict[str, Any]], methods: Sequence[Method]) -> str:
     """Lay out mean ± standard deviation, methods down and sparsities across."""
-    width = max(len(method.label) for method in methods)
+    width = max(len(_label(method)) for method in methods)
     lines = [" " * width + "".join(f"{sparsity:>13.0%}" for sparsity in SPARSITIES)]
     for method in methods:
         cells = []
@@ -222,14 +213,14 @@ def table(rows: Sequence[dict[str, Any]], methods: Sequence[Method]) -> str:
             values = _values(rows, method, sparsity)
             spread = f" ±{statistics.stdev(values):5.1f}" if len(values) > 1 else ""
             cells.append(f"{statistics.mean(values):.1f}{spread}".rjust(13))
-        lines.append(method.label.ljust(width) + "".join(cells))
+        lines.append(_label(method).ljust(width) + "".join(cells))
     return "\n".join(lines)
 
 
 def draw(rows: Sequence[dict[str, Any]], methods: Sequence[Method], path: Path) -> None:
     """Draw accuracy against sparsity, one line per method, with a band of one standard deviation."""
     curves = {
-        method.label: [(row["sparsity"], row["value"]) for row in rows if row["method"] == method.name]
+        _label(method): [(row["sparsity"], row["value"]) for row in rows if row["method"] == _name(method)]
         for method in methods
     }
     plots.sparsity_accuracy(curves, path, ylabel="accuracy (%)")

@@ -1,39 +1,57 @@
-"""What is compared: bases, and what of weight concentration goes around them, each in a few lines."""
+"""What is compared, in a few lines each: bases, what goes around them, penalties, and ways to prune.
+
+A method's name says what it is made of, from the inside out: ``sgd``, ``adamw+hoyer``, ``sgd+sam+wcr``, ``sgd+random``.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from wcr_optim import SAM, SSAM, WCR, CrAM, SparseSAM, param_groups
+from benchmarks.gradual import GradualPruning
+from benchmarks.tasks import Task
+from benchmarks.variants import ExplicitStep, InLoss, Window
+from wcr_optim import SAM, SSAM, WCR, CrAM, HoyerDecay, L1Decay, L2Decay, SparseSAM, SparsityTarget, param_groups
+from wcr_optim.penalties import InverseVariance, ScaleFree
 
 Groups = list[dict[str, Any]]
 
-
-def sgd(groups: Groups, model: nn.Module) -> Optimizer:
-    """SGD with momentum."""
-    return torch.optim.SGD(groups, lr=0.1, momentum=0.9)
-
-
-def adamw(groups: Groups, model: nn.Module) -> Optimizer:
-    """AdamW."""
-    return torch.optim.AdamW(groups, lr=2e-3)
-
-
-BASES: dict[str, Callable[[Groups, nn.Module], Optimizer]] = {
-    "sgd": sgd,
-    "adamw": adamw,
-    "sam": lambda groups, model: SAM(sgd(groups, model), rho=0.05, model=model),
-    "asam": lambda groups, model: SAM(sgd(groups, model), rho=0.5, adaptive=True, eta=0.01, model=model),
-    "ssam": lambda groups, model: SSAM(sgd(groups, model), rho=0.05),
-    "sparse_sam": lambda groups, model: SparseSAM(sgd(groups, model), rho=0.05, model=model),
-    "cram": lambda groups, model: CrAM(sgd(groups, model), rho=0.05, model=model),
+BASES: dict[str, Callable[[Groups, float], Optimizer]] = {
+    "sgd": lambda groups, lr: torch.optim.SGD(groups, lr=lr, momentum=0.9),
+    "adamw": lambda groups, lr: torch.optim.AdamW(groups, lr=lr),
 }
+SHARPNESS: dict[str, Callable[[Optimizer, float, nn.Module], Optimizer]] = {
+    "sam": lambda base, rho, model: SAM(base, rho=rho, model=model),
+    "asam": lambda base, rho, model: SAM(base, rho=rho, adaptive=True, eta=0.01, model=model),
+    "ssam": lambda base, rho, model: SSAM(base, rho=rho),
+    "sparse_sam": lambda base, rho, model: SparseSAM(base, rho=rho, model=model),
+    "cram": lambda base, rho, model: CrAM(base, rho=rho, model=model),
+}
+PENALTIES: dict[str, Callable[[Optimizer, float], Optimizer]] = {
+    "l1": L1Decay,
+    "l2": L2Decay,
+    "hoyer": HoyerDecay,
+    "wcr": WCR,
+    "scale_free": lambda base, strength: WCR(base, strength, form="scale_free"),
+    "relative": lambda base, strength: WCR(base, strength, form="relative"),
+    "wcr_in_loss": lambda base, strength: InLoss(base, InverseVariance(), strength),
+    "wcr_explicit": lambda base, strength: ExplicitStep(base, InverseVariance(), strength),
+    "scale_free_in_loss": lambda base, strength: InLoss(base, ScaleFree(), strength),
+    "scale_free_explicit": lambda base, strength: ExplicitStep(base, ScaleFree(), strength),
+    "target": lambda base, strength: WCR(base, strength or 1e-3, form="scale_free"),
+}
+PRUNING = ("random", "gradual")
+"""Other ways to prune than once by magnitude: at random, or step by step during training (not one-shot)."""
+
+OPTION = {"l1": "l1_decay", "l2": "l2_decay", "hoyer": "hoyer_decay"}
+RHO = {"sam": 0.05, "asam": 0.5, "ssam": 0.05, "sparse_sam": 0.05, "cram": 0.05}
+"""The authors' defaults."""
+
 LABELS = {
     "sgd": "SGD",
     "adamw": "AdamW",
@@ -42,42 +60,148 @@ LABELS = {
     "ssam": "SSAM",
     "sparse_sam": "SparseSAM",
     "cram": "CrAM+",
+    "hoyer": "Hoyer-square",
+    "wcr": "WCR",
+    "scale_free": "scale-free WCR",
+    "relative": "relative WCR",
+    "target": "SparsityTarget",
+    "prox": "ProxLasso (torchao)",
+    "random": "pruned at random",
+    "gradual": "gradual pruning (not one-shot)",
 }
-FORMS = {"wcr": ("inverse_variance", "WCR"), "scale_free": ("scale_free", "scale-free WCR")}
+
+
+class Follower(Protocol):
+    """What follows the optimizer through training, called after each of its steps."""
+
+    def step(self, loss: Any = None) -> None:
+        """Take note of one step of the optimizer and its loss."""
 
 
 @dataclass(frozen=True)
 class Method:
-    """A base optimizer with or without weight concentration.
+    """What a method's name says.
 
     Attributes:
         base: Key of BASES.
-        form: Key of FORMS, or None for the bare base.
-        strength: weight_concentration; 0 for the bare base.
-        weight_decay: The base's own, on the weights that are pruned.
+        sharpness: Key of SHARPNESS, or None.
+        penalty: Key of PENALTIES, "prox", or None.
+        pruning: One of PRUNING, or None for one-shot pruning by magnitude.
     """
 
     base: str
-    form: str | None = None
-    strength: float = 0.0
-    weight_decay: float = 5e-4
+    sharpness: str | None = None
+    penalty: str | None = None
+    pruning: str | None = None
+
+    @staticmethod
+    def of(name: str) -> Method:
+        """Read a name.
+
+        Raises:
+            ValueError: If a part of it is unknown, comes twice or in the wrong place.
+
+        """
+        base, *rest = name.split("+")
+        rooms = {"sharpness": SHARPNESS, "penalty": [*PENALTIES, "prox"], "pruning": PRUNING}
+        parts = {room: part for part in rest for room, known in rooms.items() if part in known}
+        if base not in BASES or len(parts) != len(rest) or Method(base, **parts).name != name:
+            known = " ".join([*BASES, *SHARPNESS, *PENALTIES, "prox", *PRUNING])
+            raise ValueError(f"there is no method {name!r}; a name is a base and parts in this order: {known}")
+        return Method(base, **parts)
 
     @property
     def name(self) -> str:
         """Name in tables of results, such as sgd+wcr."""
-        return self.base if self.form is None else f"{self.base}+{self.form}"
+        return "+".join(part for part in (self.base, self.sharpness, self.penalty, self.pruning) if part)
 
     @property
     def label(self) -> str:
         """Name in pictures, such as SGD + WCR."""
-        return LABELS[self.base] if self.form is None else f"{LABELS[self.base]} + {FORMS[self.form][1]}"
+        return " + ".join(LABELS.get(part, part) for part in self.name.split("+"))
 
-    def with_strength(self, strength: float) -> Method:
-        """Return the same method at another strength."""
-        return replace(self, strength=strength)
+    @property
+    def searched(self) -> str | None:
+        """What is searched on the validation split: "strength", "rho", or nothing."""
+        if self.penalty is not None and self.penalty != "target":
+            return "strength"
+        return "rho" if self.sharpness is not None and self.penalty is None else None
 
-    def optimizer(self, model: nn.Module) -> Optimizer:
-        """Build the optimizer of a model's parameters."""
-        groups = param_groups(model, weight_decay=self.weight_decay, weight_concentration=self.strength)
-        base = BASES[self.base](groups, model)
-        return base if self.form is None else WCR(base, form=FORMS[self.form][0])
+    @property
+    def has_goal(self) -> bool:
+        """Whether the method is told the sparsity that is wanted, so that each one takes a run of its own."""
+        return self.penalty == "target" or self.pruning == "gradual"
+
+    def optimizer(
+        self,
+        model: nn.Module,
+        lr: float,
+        weight_decay: float,
+        strength: float = 0.0,
+        rho: float = 0.0,
+        *,
+        exclude: Any = (),
+        layers: str = "weights",
+    ) -> Optimizer:
+        """Build the optimizer of a model's parameters.
+
+        Args:
+            model: The model.
+            lr: Learning rate.
+            weight_decay: The base's, on the weights that are pruned.
+            strength: Of the penalty (default: 0.0)
+            rho: Of the sharpness-aware method; 0 stands for its authors' default (default: 0.0)
+            exclude: What is not pruned, and gets neither decay nor penalty (default: ())
+            layers: Which parameters the penalty reaches: "weights", those that are pruned; "inner", all of them but
+                the first and the last; "all", biases and norms too (default: "weights")
+        """
+        groups = param_groups(model, weight_decay=weight_decay, weight_concentration=strength, exclude=exclude)
+        if layers == "inner":
+            groups = _inner(groups)
+        for group in groups:
+            del group["weight_concentration"]
+            if self.penalty == "prox" and group is groups[0]:
+                group.update(prox_type="ProxLasso", group_type="ElemGrouper")
+            elif self.penalty is not None and self.penalty != "prox":
+                reached = group is groups[0] or layers == "all"
+                group[OPTION.get(self.penalty, "weight_concentration")] = strength if reached else 0.0
+                if layers == "all":
+                    group["min_ndim"] = 1
+        if self.penalty == "target":
+            groups[0]["weight_concentration"] = 1.0  # the ratio between groups is all that SparsityTarget keeps of it
+        optimizer = BASES[self.base](groups, lr)
+        if self.penalty == "prox":
+            return _prox(optimizer, strength)
+        if self.sharpness is not None:
+            optimizer = SHARPNESS[self.sharpness](optimizer, rho or RHO[self.sharpness], model)
+        return optimizer if self.penalty is None else PENALTIES[self.penalty](optimizer, strength)
+
+    def follower(
+        self, optimizer: Optimizer, model: nn.Module, task: Task, goal: float, steps: int, options: Mapping[str, Any]
+    ) -> Follower | None:
+        """Build what follows the optimizer through training, None for most methods."""
+        if self.penalty == "target":
+            return SparsityTarget(optimizer, goal, steps, **options)
+        if self.pruning == "gradual":
+            return GradualPruning(model, goal, steps, exclude=task.exclude)
+        if options:
+            option = OPTION.get(self.penalty or "", "weight_concentration")
+            return Window(optimizer, option, steps, options.get("from", 0.0), options.get("until", 1.0))
+        return None
+
+
+def _inner(groups: Groups) -> Groups:
+    """Put the first and the last of the weights into the group of what is not regularized; they still decay."""
+    first, *rest = groups
+    weights = first["params"]
+    outer = first | {"params": [weights[0], weights[-1]]}
+    return [first | {"params": weights[1:-1]}, outer, *rest]
+
+
+def _prox(base: Optimizer, strength: float) -> Optimizer:
+    try:
+        from torchao.prototype.pat.optim import PruneOptimizer
+    except ImportError as error:
+        raise ImportError("the method prox needs torchao: pip install torchao") from error
+    optimizer: Optimizer = PruneOptimizer(base, reg_lambda=strength)
+    return optimizer

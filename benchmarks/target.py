@@ -27,97 +27,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch import nn
 from torch.optim import Optimizer
 
-from benchmarks.tasks import digits, language
+from benchmarks import tasks
+from benchmarks.tasks import SPARSITIES, Task
 from wcr_optim import WCR, HoyerDecay, L1Decay, SparsityTarget, param_groups, pruning
 
-SPARSITIES = (0.0, 0.5, 0.7, 0.8, 0.9, 0.95, 0.97, 0.98, 0.99)
-CACHE = Path("results/cache")
-
-
-@dataclass(frozen=True)
-class Task:
-    """What is trained: a model, its batches and how it is measured.
-
-    Attributes:
-        metric: Name of what `evaluate` returns.
-        best: max or min, whichever is better.
-        steps: Optimizer steps of a run at batch scale 1.
-        model: Builds the model of a seed.
-        batches: Yields the batches of (seed, steps, batch scale).
-        loss: Loss of (model, batch).
-        evaluate: Measures (model, name of a split).
-        calibration: Batches for BatchNorm, None where there is none.
-        exclude: What is not pruned, as in `pruning.sweep`.
-        goals: The sparsities that SparsityTarget is asked for.
-    """
-
-    metric: str
-    best: Callable[..., Any]
-    steps: int
-    model: Callable[[int], nn.Module]
-    batches: Callable[[int, int, int], Iterator[Any]]
-    loss: Callable[[nn.Module, Any], Tensor]
-    evaluate: Callable[[nn.Module, str], float]
-    calibration: Callable[[], list[Tensor]] | None = None
-    exclude: tuple[str, ...] = ()
-    goals: tuple[float, ...] = (0.9, 0.95, 0.98)
-
-
-def _digits(build: Callable[[], nn.Module], calibrated: bool) -> Task:
-    data = digits.load()
-
-    def model(seed: int) -> nn.Module:
-        torch.manual_seed(seed)
-        return build()
-
-    def batches(seed: int, steps: int, scale: int) -> Iterator[tuple[Tensor, Tensor]]:
-        train, size, done = data["train"], 64 * scale, 0
-        generator = torch.Generator().manual_seed(seed)
-        while True:
-            order = torch.randperm(len(train.images), generator=generator)
-            for index in order[: len(order) // size * size].view(-1, size):
-                if done == steps:
-                    return
-                done += 1
-                yield train.images[index], train.labels[index]
-
-    return Task(
-        metric="accuracy",
-        best=max,
-        steps=640,
-        model=model,
-        batches=batches,
-        loss=lambda network, batch: cross_entropy(network(batch[0]), batch[1]),
-        evaluate=lambda network, split: digits.accuracy(network, data[split]),
-        calibration=(lambda: [data["train"].images]) if calibrated else None,
-    )
-
-
-def _language() -> Task:
-    return Task(
-        metric="bits_per_byte",
-        best=min,
-        steps=400,
-        model=lambda seed: language.pretrained(0, CACHE),
-        batches=lambda seed, steps, scale: language.batches(
-            language.load().train, steps, 1000 + seed, language.BATCH * scale
-        ),
-        loss=language.loss,
-        evaluate=lambda network, split: language.bits_per_byte(network, getattr(language.load(), split)),
-        exclude=("lm_head",),
-        goals=(0.5, 0.7, 0.8),
-    )
-
-
-TASKS: dict[str, Callable[[], Task]] = {
-    "digits_cnn": lambda: _digits(digits.cnn, calibrated=True),
-    "digits_mlp": lambda: _digits(digits.mlp, calibrated=False),
-    "language": _language,
-}
 OPTIMIZERS: dict[str, Callable[[list[dict[str, Any]], float], Optimizer]] = {
     "sgd": lambda groups, scale: torch.optim.SGD(groups, lr=0.1 * scale, momentum=0.9),
     "adamw": lambda groups, scale: torch.optim.AdamW(groups, lr=1e-3 * scale),
@@ -166,7 +82,7 @@ RESULTS = ("sparsity", "metric", "value", "tail", "last_strength", "steps", "sec
 def run_trial(trial: Trial) -> list[dict[str, Any]]:
     """Train, prune at every sparsity and measure; one row per sparsity."""
     torch.set_num_threads(1)
-    task = TASKS[trial.task]()
+    task = tasks.task(trial.task)
     network = task.model(trial.seed)
     decay = dict(o.split("=") for o in trial.options.split(";") if o).get("wd", WEIGHT_DECAY[trial.optimizer])
     groups = param_groups(network, weight_decay=float(decay), weight_concentration=0.0, exclude=task.exclude)
@@ -309,7 +225,7 @@ def chosen(rows: Sequence[dict[str, str]], task: str, optimizer: str, method: st
             at.setdefault(float(row["sparsity"]), []).append(float(row["value"]))
     if not values:
         return None
-    best = TASKS[task]().best
+    best = tasks.task(task).best
     return best(values, key=lambda strength: tuple(statistics.mean(values[strength][at]) for at in (goal, 0.0)))
 
 
@@ -317,7 +233,7 @@ def _tested(o: argparse.Namespace) -> Iterator[Trial]:
     """Yield the runs on the test split: strengths chosen on validation, once per sparsity, and SparsityTarget."""
     rows = read(o.output)
     for seed, task, optimizer, method in itertools.product(o.seeds, o.task, o.optimizer, o.method):
-        goals = o.goals or TASKS[task]().goals
+        goals = o.goals or tasks.task(task).goals
         common: dict[str, Any] = {"seed": seed, "split": "test"}
         if method.startswith("target"):
             yield from (Trial(task, optimizer, method, goal=g, options=x, **common) for g in goals for x in o.options)
@@ -332,7 +248,7 @@ def report(rows: Sequence[dict[str, str]]) -> str:
     text = []
     for task, optimizer in dict.fromkeys((row["task"], row["optimizer"]) for row in tested):
         here = [row for row in tested if (row["task"], row["optimizer"]) == (task, optimizer)]
-        goals = TASKS[task]().goals
+        goals = tasks.task(task).goals
         text += [f"**{task}, {optimizer}** ({here[0]['metric']})", ""]
         text += ["| method | " + " | ".join(f"{100 * goal:g} % (dense)" for goal in goals) + " |"]
         text += ["|---" * (len(goals) + 1) + "|"]
@@ -370,7 +286,7 @@ def _cell(
 def _trials(o: argparse.Namespace) -> Iterator[Trial]:
     for seed, task, optimizer, method in itertools.product(o.seeds, o.task, o.optimizer, o.method):
         if method.startswith("target"):
-            goals = o.goals or TASKS[task]().goals
+            goals = o.goals or tasks.task(task).goals
             settings: list[dict[str, Any]] = [
                 {"goal": goal, "options": options} for goal in goals for options in o.options
             ]
@@ -390,9 +306,9 @@ def cost() -> str:
         "| model | driven weights | step (ms) | measurement (ms) | share, every 100 steps |",
         "|---|---|---|---|---|",
     ]
-    for name, make in TASKS.items():
-        task = make()
-        network = language.model() if name == "language" else task.model(0)
+    for name in ("digits_cnn", "digits_mlp", "language"):
+        task = tasks.task(name)
+        network = task.model(0)
         groups = param_groups(network, exclude=task.exclude)
         optimizer = WCR(torch.optim.AdamW(groups), form="scale_free")
         target = SparsityTarget(optimizer, total_steps=10_000)
@@ -425,7 +341,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the measurement; see ``--help``."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks target", description=__doc__.splitlines()[0])
     parser.add_argument("what", choices=("train", "test", "report", "cost"))
-    parser.add_argument("--task", type=lambda t: t.split(","), default=["digits_mlp"], help=",".join(TASKS))
+    parser.add_argument("--task", type=lambda t: t.split(","), default=["digits_mlp"], help=",".join(tasks.names()))
     parser.add_argument("--optimizer", type=lambda t: t.split(","), default=["sgd"], help=",".join(OPTIMIZERS))
     parser.add_argument("--method", type=lambda t: t.split(","), default=["target"])
     parser.add_argument("--strengths", default="grid", help="'grid' or numbers (default: grid)")

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from wcr_optim import metrics
+from wcr_optim import SAM, WCR, L2Decay, metrics
 from wcr_optim.metrics import concentration
 
 
@@ -191,3 +191,54 @@ def test_the_table_and_the_dictionary():
 def test_errors_name_what_is_wrong(arguments, message):
     with pytest.raises(ValueError, match=message):
         concentration(**arguments)
+
+
+class TestOptimizer:
+    def net(self):
+        net = nn.Sequential(nn.Linear(400, 300), nn.LayerNorm(300), nn.Linear(300, 10), nn.Linear(10, 10))
+        with torch.no_grad():
+            net[0].weight.normal_()
+            net[2].weight.zero_()
+            net[2].weight[0] = -0.5
+            net[3].weight.zero_()
+        return net
+
+    def test_is_what_its_formula_says(self):
+        net = self.net()
+        found = metrics.optimizer_concentration(WCR(torch.optim.SGD(net.parameters(), lr=0.1)))
+        m = net[0].weight.detach().double().abs()
+        assert found[0].item() == pytest.approx((m.var(correction=0) / m.square().mean()).item(), rel=1e-6)
+        assert found[0].item() == pytest.approx(1 - 2 / math.pi, abs=5e-3)
+        assert found[1].item() == pytest.approx(1 - 1 / 10, rel=1e-12)
+        assert found[2].item() == 0.0, "no energy"
+
+    def test_which_weights(self):
+        net = self.net()
+        groups = [
+            {"params": [net[0].weight], "weight_concentration": 0.0},
+            {"params": [net[3].weight, net[2].weight, net[1].weight, net[1].bias]},
+        ]
+        net[3].weight.requires_grad_(False)
+        optimizer = L2Decay(SAM(WCR(torch.optim.SGD(groups, lr=0.1))))
+        assert metrics.optimizer_concentration(optimizer).tolist() == [pytest.approx(0.9)]
+        groups[1]["weight_concentration"] = 0.0
+        without = WCR(torch.optim.SGD(groups, lr=0.1))
+        assert len(metrics.optimizer_concentration(without)) == 2, "all weights, to compare with"
+
+    def test_follows_the_penalty(self):
+        net = self.net()
+        optimizer = WCR(torch.optim.SGD(net.parameters(), lr=0.1), weight_concentration=1e3)
+        first = metrics.optimizer_concentration(optimizer)[0]
+        net(torch.randn(4, 400)).sum().backward()
+        net[0].weight.grad.zero_()
+        optimizer.step()
+        assert metrics.optimizer_concentration(optimizer)[0] > first
+
+    def test_what_it_refuses(self):
+        net = self.net()
+        with pytest.raises(ValueError, match="SGD has no decoupled penalty"):
+            metrics.optimizer_concentration(torch.optim.SGD(net.parameters(), lr=0.1))
+        with pytest.raises(ValueError, match="L2Decay has no decoupled penalty"):
+            metrics.optimizer_concentration(L2Decay(torch.optim.SGD(net.parameters(), lr=0.1)))
+        with pytest.raises(ValueError, match="no weights under its penalty"):
+            metrics.optimizer_concentration(WCR(torch.optim.SGD([net[1].weight], lr=0.1)))

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from wcr_optim import backends
 from wcr_optim.fused import FusedUpdate
-from wcr_optim.layout import local
+from wcr_optim.layout import local, random_streams
 from wcr_optim.moments import Moments, accumulator, counts, moments, of_sums
 from wcr_optim.penalties import L1, L2, HoyerSquare, InverseVariance, Penalty, Relative, ScaleFree
 from wcr_optim.shrink import shrink_
@@ -21,6 +21,8 @@ from wcr_optim.uploads import select
 from wcr_optim.wrapper import OptimizerWrapper
 
 ROUNDING_SEED = "rounding_seed"
+# Between the seeds of streams of random numbers: steps count up from one, fused calls by 2^32 (see `fused`).
+STREAM = 2**40
 
 
 class Decoupled(OptimizerWrapper):
@@ -115,12 +117,23 @@ class Decoupled(OptimizerWrapper):
         for device, layers in weights.items():
             backend = chosen[device]
             gain, threshold = self.penalty.flow(self._moments(layers, backend), torch.cat(lengths[device]))
-            rest = list(range(len(layers)))
-            if isinstance(self.base, FusedUpdate) and not torch.compiler.is_compiling():
-                rest = self.base.take_over(layers, gain, threshold, seed, backend)
-            if rest:
-                left = [layers[i] for i in rest]
-                shrink_(left, select(gain, rest), select(threshold, rest), seed=seed, backend=backend)
+            if seed is None:
+                self._shrink(layers, gain, threshold, None, backend)
+                continue
+            for stream, index in random_streams(layers):
+                own = [layers[i] for i in index]
+                self._shrink(own, select(gain, index), select(threshold, index), seed + stream * STREAM, backend)
+
+    def _shrink(
+        self, layers: list[Tensor], gain: Tensor, threshold: Tensor, seed: int | Tensor | None, backend: str
+    ) -> None:
+        """Shrink layers now, or have the base do so on its way."""
+        rest = list(range(len(layers)))
+        if isinstance(self.base, FusedUpdate) and not torch.compiler.is_compiling():
+            rest = self.base.take_over(layers, gain, threshold, seed, backend)
+        if rest:
+            left = [layers[i] for i in rest]
+            shrink_(left, select(gain, rest), select(threshold, rest), seed=seed, backend=backend)
 
     def _regularized(self, group: Mapping[str, Any]) -> dict[torch.device, list[Tensor]]:
         min_ndim = group.get("min_ndim", self.penalty.min_ndim)

@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from wcr_optim.uploads import select, upload
+
 if TYPE_CHECKING:
-    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed import ProcessGroup
     from torch.distributed.tensor import DTensor
 
 
@@ -64,8 +66,8 @@ def pieces(tensor: Tensor, limit: int) -> Iterator[Tensor]:
 def sum_over_shards(sums: Tensor, tensors: Sequence[Tensor]) -> Tensor:
     """Add up the rows that belong to sharded tensors over the ranks that hold their shards.
 
-    One all-reduce for every mesh dimension that shards anything, for all tensors together; a dimension over which a
-    tensor is replicated already holds its sum.
+    One all-reduce for every group of ranks that shards anything, for all tensors together: one with FSDP2 alone, two
+    with tensor parallelism beside it. A mesh dimension over which a tensor is replicated already holds its sum.
 
     Args:
         sums: Local sums, shape (layers, k), one row per tensor.
@@ -78,7 +80,9 @@ def sum_over_shards(sums: Tensor, tensors: Sequence[Tensor]) -> Tensor:
         ValueError: If a DTensor holds pending partial sums.
 
     """
-    rows: defaultdict[tuple[DeviceMesh, int], list[int]] = defaultdict(list)
+    # By group, not by mesh: with FSDP2 over tensor parallelism, norms lie on a mesh of one dimension and matrices on
+    # one of two, whose first has the same ranks.
+    rows: defaultdict[ProcessGroup, list[int]] = defaultdict(list)
     for row, tensor in enumerate(tensors):
         sharded = as_dtensor(tensor)
         if sharded is None:
@@ -88,12 +92,47 @@ def sum_over_shards(sums: Tensor, tensors: Sequence[Tensor]) -> Tensor:
                 raise ValueError(
                     f"weights with placements {sharded.placements} hold pending partial sums; redistribute them first"
                 )
-            if not placement.is_replicate():
-                rows[sharded.device_mesh, dim].append(row)
-    if not rows:
-        return sums
-    for (mesh, dim), index in rows.items():
-        part = sums[index].contiguous()
-        torch.distributed.all_reduce(part, group=mesh.get_group(dim))
-        sums = sums.index_copy(0, torch.tensor(index, device=sums.device), part)
+            if not placement.is_replicate() and sharded.device_mesh.size(dim) > 1:
+                rows[sharded.device_mesh.get_group(dim)].append(row)
+    for group, index in rows.items():
+        part = select(sums, index).clone()
+        torch.distributed.all_reduce(part, group=group)
+        sums = sums.index_copy(0, upload(tuple(index), torch.int64, sums.device), part)
     return sums
+
+
+def random_streams(tensors: Sequence[Tensor]) -> list[tuple[int, list[int]]]:
+    """Divide tensors so that ranks draw the same random numbers exactly where they hold the same elements.
+
+    Copies on several ranks would drift apart if they were rounded by different draws, and the rounding errors of
+    different parts would add up if they were rounded by equal ones. What is drawn for a tensor depends on the sizes of
+    those before it, so only tensors of one layout may share a stream: ranks that hold the same part of one of them hold
+    the same parts of all.
+
+    Returns:
+        The number of each layout's stream, which is this rank's own where it holds a part of its own, and the indices
+        of its tensors. A process that holds everything has stream 0 alone.
+
+    """
+    layouts: defaultdict[object, list[int]] = defaultdict(list)
+    for index, tensor in enumerate(tensors):
+        sharded = as_dtensor(tensor)
+        layouts[None if sharded is None else (sharded.device_mesh, sharded.placements)].append(index)
+    streams, first = [], 0
+    for members in layouts.values():
+        part, parts = _part(tensors[members[0]])
+        streams.append((first + part, members))
+        first += parts
+    return streams
+
+
+def _part(tensor: Tensor) -> tuple[int, int]:
+    """Return which of how many different parts of a tensor this rank holds."""
+    sharded = as_dtensor(tensor)
+    part, parts = 0, 1
+    if sharded is not None:
+        for dim, placement in enumerate(sharded.placements):
+            if not placement.is_replicate():
+                size = sharded.device_mesh.size(dim)
+                part, parts = part * size + sharded.device_mesh.get_local_rank(dim), parts * size
+    return part, parts

@@ -15,10 +15,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
-from wcr_optim.layout import as_dtensor, flat
+from wcr_optim.layout import as_dtensor, flat, local
+from wcr_optim.moments import moments
 from wcr_optim.parameters import Selector, prunable_weights
 from wcr_optim.tables import aligned
+from wcr_optim.uploads import select
 
 TAIL_ENERGY = 3e-3
 """Share of the energy that a model is expected to lose without noticing; see `LayerConcentration.lossless_sparsity`."""
@@ -160,6 +163,79 @@ def concentration(
         layers.append(_measures(name, spectrum, top, tail_energy))
         total.merge(spectrum)
     return Concentration(tuple(layers), _measures("total", total, top, tail_energy), tail_energy)
+
+
+def optimizer_concentration(optimizer: Optimizer) -> Tensor:
+    """Measure how concentrated the weights under an optimizer's penalty are, cheaply enough to log while it trains.
+
+    Of each layer the share of its energy that is variance of the magnitudes,
+
+        c = V / q = 1 - mu^2 / q
+
+    which a penalty sees and raises: 0 where all magnitudes are equal, 1 - 2/pi = 0.36 for normally distributed weights,
+    1 - k/n where k of n weights are equal and the rest is zero. It costs one pass over the weights, and nothing waits
+    for a device until the result is read: read it when you log, not at every step.
+
+    Args:
+        optimizer: An optimizer with a decoupled penalty in its chain (`WCR`, `HoyerDecay`, ...); of several, the
+            outermost one but for weight decay counts. One that Accelerate has prepared is looked through. The weights
+            are those of the groups with a strength, or of all groups if none has one, as in a run without a penalty
+            to compare with. All ranks must call this where weights are sharded.
+
+    Returns:
+        c of each layer, shape (layers,), on the device of the first, in the order of the groups and of their
+        parameters; 0 where a layer has no energy.
+
+    Raises:
+        ValueError: If there is no penalty in the chain.
+
+    Example:
+        >>> if step % 100 == 0:
+        ...     writer.add_scalar("concentration", metrics.optimizer_concentration(optimizer).mean(), step)
+    """
+    weights = _penalized(optimizer)
+    places: dict[torch.device, list[int]] = {}
+    for index, w in enumerate(weights):
+        places.setdefault(local(w).device, []).append(index)
+    parts = []
+    for indices in places.values():
+        _, mu, q = moments([weights[index] for index in indices])
+        parts.append(torch.where(q > 0, 1 - mu.square() / q, 0.0).clamp_(min=0.0))
+    order = [index for indices in places.values() for index in indices]
+    together = torch.cat([part.to(parts[0]) for part in parts])
+    return select(together, sorted(range(len(order)), key=order.__getitem__))
+
+
+def _penalized(optimizer: Optimizer) -> list[Tensor]:
+    from wcr_optim.decoupled import Decoupled  # whose methods use this module
+    from wcr_optim.penalties import L2
+
+    below: Any = optimizer
+    while not isinstance(below, Decoupled) or isinstance(below.penalty, L2):
+        below = getattr(below, "base", None) or getattr(below, "optimizer", None)
+        if below is None:
+            raise ValueError(
+                f"{type(optimizer).__name__} has no decoupled penalty whose weights could be measured; wrap it, "
+                "WCR(optimizer), with strength 0 if need be, or measure a model with metrics.concentration(model)"
+            )
+    penalty = below.penalty
+    # A strength on a device is not read: that would wait for it.
+    having = [
+        group for group in below.param_groups if _on_a_device(group[penalty.option]) or group[penalty.option] != 0
+    ]
+    weights = [
+        w.detach()
+        for group in having or below.param_groups
+        for w in group["params"]
+        if w.requires_grad and w.ndim >= group.get("min_ndim", penalty.min_ndim)
+    ]
+    if not weights:
+        raise ValueError("the optimizer holds no weights under its penalty; check requires_grad and min_ndim")
+    return weights
+
+
+def _on_a_device(strength: float | Tensor) -> bool:
+    return isinstance(strength, Tensor) and strength.device.type != "cpu"
 
 
 class _Spectrum:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
@@ -10,7 +13,18 @@ from wcr_optim.decoupled import WCR
 from wcr_optim.fused import FusedAdamW, FusedSGD
 
 
-class SGD(WCR):
+class _DropIn(WCR):
+    """What stands in for torch's class takes groups without parameters, as that does.
+
+    Training frameworks make such groups: transformers' Trainer one for the biases and norms that an adapter has not.
+    """
+
+    def _check_group(self, group: Mapping[str, Any], index: int) -> None:
+        if isinstance(group["params"], Tensor) or len(group["params"]):
+            super()._check_group(group, index)
+
+
+class SGD(_DropIn):
     """torch.optim.SGD with decoupled weight concentration.
 
     All arguments of torch.optim.SGD with their defaults; with `fused=True` one kernel shrinks, updates and measures
@@ -54,7 +68,7 @@ class SGD(WCR):
         super().__init__(base, weight_concentration, form, backend=backend)
 
 
-class AdamW(WCR):
+class AdamW(_DropIn):
     """torch.optim.AdamW with decoupled weight concentration.
 
     All arguments of torch.optim.AdamW with their defaults; with `fused=True` one kernel shrinks, updates and measures

@@ -119,6 +119,47 @@ def sparsity_accuracy(
     return _finished(ax, len(curves), path)
 
 
+def trade_off(
+    results: Mapping[str, Sequence[tuple[float, float]]],
+    path: str | os.PathLike[str] | None = None,
+    ax: Axes | None = None,
+    *,
+    xlabel: str = "dense",
+    ylabel: str = "pruned",
+) -> Axes:
+    """Draw what several methods keep when they are pruned against what they reach dense, a point for each strength.
+
+    The points of a method are joined in the order in which they are given, that of rising strength.
+
+    Args:
+        results: Pairs of a dense and a pruned value, by the name for the legend.
+        path: Where to save the figure, in the format of its suffix (default: None)
+        ax: Axes to draw on; None makes a new figure (default: None)
+        xlabel: Label of the horizontal axis (default: "dense")
+        ylabel: Label of the vertical axis (default: "pruned")
+
+    Returns:
+        The axes; their figure is ``ax.figure``.
+
+    Raises:
+        ValueError: If there are no results, or one is empty.
+        ImportError: If matplotlib is not installed.
+
+    Example:
+        >>> plots.trade_off({"WCR": [(98.0, 91.5), (97.1, 95.0)]}, "trade_off.png")
+    """
+    empty = [name for name, pairs in results.items() if not len(pairs)]
+    if not results or empty:
+        raise ValueError(f"{empty[0]!r} has no values to draw" if empty else "results must name at least one result")
+    ax = _axes(ax, len(results))
+    for (name, pairs), style in zip(results.items(), _styles(), strict=False):
+        dense, pruned = np.array(pairs, dtype=float).T
+        ax.plot(dense, pruned, label=name, **style | {"linewidth": 0.8})
+    ax.set_xlabel(xlabel)
+    ax.set_ylabel(ylabel)
+    return _finished(ax, len(results), path)
+
+
 def training_curves(
     history: Sequence[Sequence[float]],
     path: str | os.PathLike[str] | None = None,

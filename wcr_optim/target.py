@@ -6,7 +6,7 @@ import math
 import os
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -88,8 +88,8 @@ class SparsityTarget:
     much as it was at the start, in fine-tuning).
     If the goal was not reached at `total_steps`, a warning says how far it got and what stood in the way.
 
-    Every rank of a distributed run must call `step`: the tail of sharded weights is summed and the loss averaged over
-    the ranks.
+    Every rank of a distributed run must call `step`, with or without a loss: the loss is averaged over the ranks at
+    every step, the tail of sharded weights summed at every measurement. The state is the same on all ranks.
 
     Args:
         optimizer: Optimizer with a decoupled penalty in its chain (`WCR`, `HoyerDecay`, `L1Decay`, `Decoupled`).
@@ -180,7 +180,7 @@ class SparsityTarget:
         if loss is None and self.max_dense_cost is not None:
             raise ValueError(f"max_dense_cost={self.max_dense_cost!r} needs the training loss: call step(loss)")
         if loss is not None:
-            self._loss.add(loss)
+            self._loss.add(loss, local(self._strengths.groups[0]["params"][0]).device)
         self.steps += 1
         self._find_loops()
         started = all(loop.lr_peak > 0 for loop in self._loops)
@@ -202,15 +202,18 @@ class SparsityTarget:
             "last_tail": self.last_tail,
             "given": list(self._strengths.given),
             "reference": self._strengths.reference,
-            "loops": [asdict(loop) for loop in self._loops],
-            "first_energy": dict(self._first_energy),
+            # In columns and pairs, since torch.distributed.checkpoint loads into the keys that a new object has, and
+            # takes no list of dicts for a value.
+            "loops": {field.name: [getattr(loop, field.name) for loop in self._loops] for field in fields(_Loop)},
+            "first_energy": [list(pair) for pair in self._first_energy.items()],
             "loss": self._loss.state_dict(),
             "history": [list(row) for row in self.history],
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Go on from a state of `state_dict`; before or after the optimizer's own is loaded."""
-        loops = [_Loop(**loop) for loop in state_dict["loops"]]
+        columns = state_dict["loops"]
+        loops = [_Loop(**dict(zip(columns, row, strict=True))) for row in zip(*columns.values(), strict=True)]
         history, energy = [list(row) for row in state_dict["history"]], dict(state_dict["first_energy"])
         steps, last_tail = state_dict["steps"], state_dict["last_tail"]
         given, reference = list(state_dict["given"]), state_dict["reference"]

@@ -36,8 +36,15 @@ class LossTrend:
         self._sum: float | Tensor = 0.0
         self._count = 0
 
-    def add(self, loss: float | Tensor) -> None:
+    def add(self, loss: float | Tensor, device: torch.device | None = None) -> None:
         """Add a step's loss to the window; a tensor stays on its device.
+
+        In a distributed run it is averaged over the ranks at once, not with the window: else ranks would see different
+        costs and drive replicas apart, and a checkpoint within a window would hold one rank's part of it.
+
+        Args:
+            loss: One number.
+            device: Where ranks exchange a loss that is no tensor; None is the CPU (default: None).
 
         Raises:
             ValueError: If it is not one number.
@@ -46,17 +53,14 @@ class LossTrend:
             if loss.numel() != 1:
                 raise ValueError(f"loss must be one number, got a tensor of shape {tuple(loss.shape)}; reduce it first")
             loss = loss.detach().reshape(()).to(accumulator(loss.device))
-        self._sum = self._sum + loss
+        self._sum = self._sum + _over_ranks(loss, device or torch.device("cpu"))
         self._count += 1
 
     def window(self, device: torch.device, dtype: torch.dtype) -> Tensor:
-        """Close the window: return its mean, over all ranks of a distributed run, NaN if it is empty; shape ()."""
+        """Close the window: return its mean, NaN if it is empty; shape ()."""
         total = torch.as_tensor(self._sum, dtype=dtype, device=device)
         mean = total / self._count if self._count else torch.full_like(total, math.nan)
         self._sum, self._count = 0.0, 0
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.all_reduce(mean)  # else ranks would see different costs and drive replicas apart
-            mean = mean / torch.distributed.get_world_size()
         return mean
 
     def update(self, mean: float) -> float:
@@ -106,3 +110,15 @@ class LossTrend:
         self.smooth, self.best, self.first = state_dict["smooth"], state_dict["best"], state_dict["first"]
         self.noise, self._squares, self._windows = state_dict["noise"], state_dict["squares"], state_dict["windows"]
         self._sum, self._count = state_dict["sum"], state_dict["count"]
+
+
+def _over_ranks(loss: float | Tensor, device: torch.device) -> float | Tensor:
+    """Average a loss over all ranks of a distributed run, without waiting for a device."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return loss
+    ranks = torch.distributed.get_world_size()
+    if ranks == 1:
+        return loss
+    mean = loss.clone() if isinstance(loss, Tensor) else torch.tensor(loss, dtype=accumulator(device), device=device)
+    torch.distributed.all_reduce(mean)
+    return mean / ranks

@@ -1,13 +1,19 @@
-"""Handwritten digits: scikit-learn's 1,797 real 8x8 images in ten classes; a small CNN with BatchNorm and an MLP."""
+"""Handwritten digits: scikit-learn's 1,797 real 8x8 images in ten classes; two networks with BatchNorm, and an MLP."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
 from typing import NamedTuple
 
 import torch
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from benchmarks.tasks import Task, epochs
+from benchmarks.tasks.networks import ResNet
 
 NAME = "digits_cnn"
 
@@ -19,6 +25,7 @@ class Split(NamedTuple):
     labels: Tensor
 
 
+@cache
 def load() -> dict[str, Split]:
     """Split the images into train (1,078), validation (269) and test (450), always the same, stratified by class."""
     digits = load_digits()
@@ -67,7 +74,43 @@ def mlp() -> nn.Module:
     )
 
 
+def resnet() -> nn.Module:
+    """Three residual blocks of 16, 32 and 64 channels; 78 k parameters."""
+    return ResNet(1, 10, widths=(16, 32, 64), blocks=1)
+
+
 @torch.no_grad()
 def accuracy(model: nn.Module, split: Split) -> float:
     """Return the share of images classified right, in percent."""
-    return 100 * (model(split.images).argmax(1) == split.labels).double().mean().item()
+    device = next(model.parameters()).device
+    return 100 * (model(split.images.to(device)).argmax(1).cpu() == split.labels).double().mean().item()
+
+
+def _task(name: str, build: Callable[[], nn.Module], calibrated: bool, steps: int = 640) -> Task:
+    data = load()
+
+    def model(seed: int) -> nn.Module:
+        torch.manual_seed(seed)
+        return build()
+
+    return Task(
+        name=name,
+        suite="vision",
+        metric="accuracy",
+        best=max,
+        steps=steps,
+        model=model,
+        batches=lambda seed, steps, scale: epochs(*data["train"], 64 * scale, seed, steps),
+        loss=lambda network, batch: cross_entropy(network(batch[0]), batch[1]),
+        evaluate=lambda network, split: accuracy(network, data[split]),
+        calibration=(lambda: [data["train"].images]) if calibrated else None,
+        goals=(0.9, 0.95, 0.97, 0.98),
+        data="scikit-learn load_digits",
+    )
+
+
+TASKS: dict[str, Callable[[], Task]] = {
+    "digits_mlp": lambda: _task("digits_mlp", mlp, calibrated=False),
+    "digits_cnn": lambda: _task("digits_cnn", cnn, calibrated=True),
+    "digits_resnet": lambda: _task("digits_resnet", resnet, calibrated=True, steps=400),
+}

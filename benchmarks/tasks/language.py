@@ -1,7 +1,7 @@
-"""Language-model fine-tuning: a byte-level Llama-shaped transformer on the Python standard library's source.
+"""Language-model fine-tuning: byte-level Llama-shaped transformers on the Python standard library's source.
 
 Pre-trained on the library's single modules and fine-tuned on some of its packages; both split by file. Embeddings and
-lm_head stay dense.
+lm_head stay dense. `language` takes half a minute on one core; `language_25m` wants a CUDA device.
 """
 
 from __future__ import annotations
@@ -10,8 +10,9 @@ import hashlib
 import math
 import os
 import sysconfig
-from collections.abc import Iterator
-from functools import cache
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,13 +20,49 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-NAME = "language"
-CONTEXT = 64
-BATCH = 8
-PRETRAINING_STEPS = 2500
-PRETRAINING_BATCH = 16
+from benchmarks.tasks import Task
+
+CACHE = Path("results/cache")
 FINETUNING_PACKAGES = ("asyncio", "concurrent", "email", "http", "importlib", "multiprocessing", "unittest", "xml")
-EVALUATED_WINDOWS = 384
+
+
+@dataclass(frozen=True)
+class Size:
+    """A transformer, how it is pre-trained and how it is fine-tuned.
+
+    Attributes:
+        name: Of the task.
+        width: Of the residual stream.
+        inner: Width inside of the feed-forward networks.
+        layers: Number of blocks.
+        heads: Of each attention.
+        context: Bytes of a window.
+        batch: Windows of a fine-tuning step.
+        steps: Of fine-tuning.
+        lr: Peak learning rate of fine-tuning.
+        pretraining_batch: Windows of a pre-training step.
+        pretraining_steps: Of pre-training.
+        pretraining_lr: Peak learning rate of pre-training.
+        evaluated: Windows that a split is measured on.
+    """
+
+    name: str
+    width: int
+    inner: int
+    layers: int
+    heads: int
+    context: int
+    batch: int
+    steps: int
+    lr: float
+    pretraining_batch: int
+    pretraining_steps: int
+    pretraining_lr: float
+    evaluated: int
+
+
+SMALL = Size("language", 96, 256, 3, 4, 64, 8, 400, 1e-3, 16, 2500, 2e-3, 384)  # 0.38 M parameters, 0.33 M prunable
+LARGE = Size("language_25m", 512, 1408, 8, 8, 512, 32, 1000, 3e-4, 64, 5000, 1e-3, 384)  # 25.9 M, 25.7 M prunable
 
 
 class Corpus(NamedTuple):
@@ -56,18 +93,25 @@ def load() -> Corpus:
     return Corpus(**tensors, sha256=digest)
 
 
-def model() -> nn.Module:
-    """Three Llama blocks of width 96: 0.38 M parameters, 0.33 M of them prunable."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+def model(size: Size = SMALL) -> nn.Module:
+    """Build a Llama-shaped transformer over bytes.
 
+    Raises:
+        ImportError: If transformers is not installed.
+
+    """
+    try:
+        from transformers import LlamaConfig, LlamaForCausalLM
+    except ImportError as error:
+        raise ImportError(f"task {size.name} needs transformers: pip install 'wcr_optim[bench]'") from error
     config = LlamaConfig(
         vocab_size=256,
-        hidden_size=96,
-        intermediate_size=256,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        max_position_embeddings=CONTEXT,
+        hidden_size=size.width,
+        intermediate_size=size.inner,
+        num_hidden_layers=size.layers,
+        num_attention_heads=size.heads,
+        num_key_value_heads=size.heads,
+        max_position_embeddings=size.context,
         tie_word_embeddings=False,
         use_cache=False,
         bos_token_id=0,
@@ -76,12 +120,12 @@ def model() -> nn.Module:
     return LlamaForCausalLM(config)
 
 
-def batches(text: Tensor, steps: int, seed: int, batch: int = BATCH) -> Iterator[Tensor]:
-    """Draw windows of CONTEXT + 1 bytes at random places, shape (batch, CONTEXT + 1)."""
+def batches(text: Tensor, context: int, batch: int, seed: int, steps: int) -> Iterator[Tensor]:
+    """Draw windows of context + 1 bytes at random places, shape (batch, context + 1)."""
     generator = torch.Generator().manual_seed(seed)
     for _ in range(steps):
-        starts = torch.randint(len(text) - CONTEXT - 1, (batch, 1), generator=generator)
-        yield text[starts + torch.arange(CONTEXT + 1)].long()
+        starts = torch.randint(len(text) - context - 1, (batch, 1), generator=generator)
+        yield text[starts + torch.arange(context + 1)].long()
 
 
 def loss(network: nn.Module, windows: Tensor) -> Tensor:
@@ -91,33 +135,71 @@ def loss(network: nn.Module, windows: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def bits_per_byte(network: nn.Module, text: Tensor) -> float:
-    """Return bits per byte on windows spread evenly over a text, the same ones at every call."""
-    starts = torch.linspace(0, len(text) - CONTEXT - 1, EVALUATED_WINDOWS).long().unsqueeze(1)
-    windows = text[starts + torch.arange(CONTEXT + 1)].long()
-    nats = [loss(network, part).item() for part in windows.split(64)]
-    return sum(nats) / len(nats) / math.log(2)
+def likelihood(network: nn.Module, text: Tensor, context: int, count: int) -> dict[str, float]:
+    """Return bits per byte, and perplexity over bytes, on windows spread evenly over a text, the same at every call."""
+    starts = torch.linspace(0, len(text) - context - 1, count).long().unsqueeze(1)
+    windows = text[starts + torch.arange(context + 1)].long().to(next(network.parameters()).device)
+    nats = sum(loss(network, part).item() * len(part) for part in windows.split(64)) / count
+    return {"bits_per_byte": nats / math.log(2), "perplexity": math.exp(min(nats, 700.0))}
 
 
-def pretrained(seed: int, folder: Path) -> nn.Module:
-    """Pre-train, or load what an earlier call with the same seed and corpus left in a folder."""
-    path = folder / f"language-{load().sha256[:12]}-{seed}.pt"
+def pretrained(seed: int, folder: Path, size: Size = SMALL) -> nn.Module:
+    """Pre-train, on a CUDA device where there is one, or load what an earlier call left in a folder.
+
+    Args:
+        seed: Of the initial weights and of the batches.
+        folder: Where networks are kept, under names that tell size, corpus and seed.
+        size: What to train (default: SMALL)
+
+    Returns:
+        The network, on the CPU.
+
+    """
+    path = folder / f"{size.name}-{load().sha256[:12]}-{seed}.pt"
     torch.manual_seed(seed)
-    network = model()
+    network = model(size)
     if path.exists():
         network.load_state_dict(torch.load(path, weights_only=True))
         return network
-    optimizer = torch.optim.AdamW(network.parameters(), lr=2e-3, betas=(0.9, 0.95), weight_decay=0.1)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    network.to(device)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=size.pretraining_lr, betas=(0.9, 0.95), weight_decay=0.1)
     warm_up = torch.optim.lr_scheduler.LinearLR(optimizer, 0.01, total_iters=100)
-    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, PRETRAINING_STEPS)
-    for windows in batches(load().pretrain, PRETRAINING_STEPS, seed, PRETRAINING_BATCH):
+    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, size.pretraining_steps)
+    windows = batches(load().pretrain, size.context, size.pretraining_batch, seed, size.pretraining_steps)
+    for batch in windows:
         optimizer.zero_grad()
-        loss(network, windows).backward()
+        loss(network, batch.to(device)).backward()
         nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         optimizer.step()
         warm_up.step() if warm_up.last_epoch < 100 else cosine.step()
+    network.cpu()
     folder.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(f".{os.getpid()}.tmp")
-    torch.save(network.state_dict(), partial)
-    os.replace(partial, path)
+    incomplete = path.with_suffix(f".{os.getpid()}.tmp")
+    torch.save(network.state_dict(), incomplete)
+    os.replace(incomplete, path)
     return network
+
+
+def _task(size: Size) -> Task:
+    corpus = load()
+    return Task(
+        name=size.name,
+        suite="language",
+        metric="bits_per_byte",
+        best=min,
+        steps=size.steps,
+        model=lambda seed: pretrained(0, CACHE, size),
+        batches=lambda seed, steps, scale: batches(corpus.train, size.context, size.batch * scale, 1000 + seed, steps),
+        loss=loss,
+        evaluate=lambda network, split: likelihood(network, getattr(corpus, split), size.context, size.evaluated),
+        exclude=("lm_head",),
+        goals=(0.5, 0.7, 0.8),
+        tolerance=0.05,
+        lr={"adamw": size.lr},
+        weight_decay={"adamw": 1e-2},
+        data=f"Python standard library, sha256 {corpus.sha256[:12]}",
+    )
+
+
+TASKS: dict[str, Callable[[], Task]] = {size.name: partial(_task, size) for size in (SMALL, LARGE)}

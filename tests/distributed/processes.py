@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import tempfile
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -11,17 +13,40 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+# Processes are forked from a server that has imported what they all need: importing torch takes longer than any test.
+multiprocessing.set_forkserver_preload(
+    [
+        "pytest",
+        "torch._dynamo",
+        "torch.distributed.checkpoint.state_dict",
+        "torch.distributed.fsdp",
+        "torch.distributed.optim",
+        "torch.distributed.tensor.parallel",
+        "torch.multiprocessing",
+        "wcr_optim",
+    ]
+)
+
 
 def run_processes(body: Callable[..., None], world_size: int, *arguments: Any) -> None:
-    """Call body(rank, *arguments) in every process; fail if one does."""
+    """Call body(rank, *arguments) in every process; fail if one does, by a warning too."""
     with tempfile.TemporaryDirectory() as folder:
         rendezvous = f"file://{os.path.join(folder, 'rendezvous')}"
-        mp.start_processes(_process, (body, world_size, rendezvous, arguments), nprocs=world_size, start_method="spawn")
+        todo = (body, world_size, rendezvous, arguments)
+        mp.start_processes(_process, todo, nprocs=world_size, start_method="forkserver")
+
+
+def run_in_turn(rank: int, bodies: tuple[Callable[[int], None], ...]) -> None:
+    """Call several bodies in the same processes."""
+    for body in bodies:
+        torch.manual_seed(0)
+        body(rank)
 
 
 def _process(
     rank: int, body: Callable[..., None], world_size: int, rendezvous: str, arguments: tuple[Any, ...]
 ) -> None:
+    warnings.simplefilter("error")
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=world_size)
     try:

@@ -6,7 +6,7 @@ import copy
 import pytest
 import torch
 import torch.distributed as dist
-from processes import run_processes
+from processes import run_in_turn, run_processes
 from sharpness_reference import base_of, batch, groups, net, plain_norm
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.device_mesh import init_device_mesh
@@ -220,11 +220,6 @@ def _sharded_resume_is_bit_exact(rank):
             assert torch.equal(p.to_local(), q.to_local()), name
 
 
-def _together(rank, bodies):
-    for body in bodies:
-        body(rank)
-
-
 @pytest.mark.parametrize(
     "bodies",
     [
@@ -235,4 +230,4 @@ def _together(rank, bodies):
 )
 def test_two_processes(bodies):
     """Starting processes takes longer than what they do, so each pair does several things."""
-    run_processes(_together, 2, bodies)
+    run_processes(run_in_turn, 2, bodies)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from wcr_optim.layout import local
 from wcr_optim.wrapper import OptimizerWrapper
 
 
@@ -102,6 +103,34 @@ def with_gradient(group: Mapping[str, Any]) -> list[Tensor]:
                 f"build its layer with sparse=False"
             )
     return params
+
+
+class ClosureWatch:
+    """Notices a closure that adds to gradients which were there before it.
+
+    Those were taken at other weights, or of batches that a second pass would leave out: the step would be a wrong one,
+    and nobody would see it. One small gradient is watched, the device is not waited for.
+
+    Args:
+        params: The parameters of all groups.
+    """
+
+    def __init__(self, params: Iterable[Tensor]) -> None:
+        self.cleared = False
+        held = [(p, p.grad) for p in params if p.grad is not None and not p.grad.is_sparse and p.numel()]
+        self._held = min(held, key=lambda pair: pair[0].numel(), default=None)
+        self._nonzero = None if self._held is None else local(self._held[1]).count_nonzero()
+
+    def check(self, name: str) -> None:
+        """Raise RuntimeError if the closure, which has run, left these gradients uncleared."""
+        if self.cleared or self._held is None or self._held[0].grad is not self._held[1] or not self._nonzero:
+            return
+        raise RuntimeError(
+            f"the closure of {name}.step() did not clear the gradients that were there before it: have it call "
+            f"optimizer.zero_grad() and run all batches of the step, forward and backward. In Lightning, where "
+            f"batches are accumulated outside the closure, "
+            f"add wcr_optim.integrations.lightning.SharpnessCallback() to the trainer"
+        )
 
 
 def gradients(params: Sequence[Tensor]) -> list[Tensor]:

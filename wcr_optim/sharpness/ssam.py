@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from wcr_optim.sharpness.checks import check_base, check_rho, gradients, with_gradient
+from wcr_optim.sharpness.checks import ClosureWatch, check_base, check_rho, gradients, with_gradient
 from wcr_optim.sharpness.guards import stamp
 from wcr_optim.sharpness.memory import copy_, exchange_, exchange_back_, global_norm, norms, scale_
 from wcr_optim.sharpness.slots import Slot
@@ -85,6 +85,7 @@ class SSAM(OptimizerWrapper):
         self._stamps: dict[Tensor, tuple[int, int]] = {}
         self._gathered = False  # whether .grad holds a gradient that a closure left there
         self._norm = 0.0  # of the last gradient
+        self._watch: ClosureWatch | None = None
         super().__init__(base, rho=rho, **{PERTURBED: False})
 
     def gather(self, closure: Closure | None = None) -> Any:
@@ -99,12 +100,19 @@ class SSAM(OptimizerWrapper):
         try:
             self._perturb()
             loss = super().gather(closure)
+            if self._watch is not None:
+                self._watch.check(type(self).__name__)
+                self._watch = None
             self._keep()
         except BaseException:
             self._return()
             raise
         self._gathered = True
         return loss
+
+    def _check_step_with_closure(self) -> None:
+        super()._check_step_with_closure()
+        self._watch = ClosureWatch(p for group in self.param_groups for p in group["params"])
 
     def update(self) -> None:
         """Let the base update the true weights; in a loop without closures, perturb them for the next forward."""
@@ -120,6 +128,8 @@ class SSAM(OptimizerWrapper):
         """Clear the gradients, as torch.optim.Optimizer.zero_grad; what a closure left is then no longer waiting."""
         super().zero_grad(set_to_none)
         self._gathered = False
+        if self._watch is not None:
+            self._watch.cleared = True
 
     def eval(self) -> None:
         """Bring the true weights into place, to evaluate, save or edit them; `train` undoes it."""
@@ -250,7 +260,7 @@ class SSAM(OptimizerWrapper):
         return super().state_dict()
 
     def __getstate__(self) -> dict[str, Any]:
-        return super().__getstate__() | {"_stamps": {}}  # counted anew in the copies
+        return super().__getstate__() | {"_stamps": {}, "_watch": None}  # stamps are counted anew
 
 
 def _buffer(present: Tensor | None, p: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from wcr_optim.layout import local
-from wcr_optim.sharpness.checks import check_base, check_model, check_rho, gradients, with_gradient
+from wcr_optim.sharpness.checks import ClosureWatch, check_base, check_model, check_rho, gradients, with_gradient
 from wcr_optim.sharpness.guards import RunningStatistics, random_numbers_repeated, random_states, stamp, with_statistics
 from wcr_optim.sharpness.memory import copies, copy_, global_norm, norms
 from wcr_optim.wrapper import Closure, OptimizerWrapper
@@ -143,6 +143,7 @@ class TwoPass(OptimizerWrapper):
         self._second: SecondPass | None = None
         self._gathered = False  # whether .grad holds the final gradient, by the work of both passes
         self._overflow: list[RemovableHandle] | None = None
+        self._watch: ClosureWatch | None = None
         self._progress = {COUNTER: 0, **(progress or {})}  # keys in the groups that say how far the training has come
         super().__init__(base, rho=rho, **self._progress)
 
@@ -165,6 +166,9 @@ class TwoPass(OptimizerWrapper):
         self._gathered = False
         states = random_states(self._devices()) if self.same_dropout else []
         loss = super().gather(closure)
+        if self._watch is not None:
+            self._watch.check(type(self).__name__)
+            self._watch = None
         try:
             if self._begin():
                 self.zero_grad()  # for closures that leave that to the loop, and would add to the first gradient
@@ -211,6 +215,8 @@ class TwoPass(OptimizerWrapper):
 
     def _check_step_with_closure(self) -> None:
         self._check_unscaled("gather(closure)")
+        super()._check_step_with_closure()
+        self._watch = ClosureWatch(p for group in self.param_groups for p in group["params"])
 
     def _check_unscaled(self, instead: str) -> None:
         if self.scaler is not None and self.scaler.is_enabled():
@@ -231,6 +237,8 @@ class TwoPass(OptimizerWrapper):
         """Clear the gradients, as torch.optim.Optimizer.zero_grad; what `gather` left is then no longer waiting."""
         super().zero_grad(set_to_none)
         self._gathered = False
+        if self._watch is not None:
+            self._watch.cleared = True
 
     def eval(self) -> None:
         """Bring the true weights into place."""
@@ -349,7 +357,8 @@ class TwoPass(OptimizerWrapper):
             name = type(self).__name__
             raise RuntimeError(
                 f"{name}.step() without a closure would be a step of {type(self.base).__name__} alone: "
-                f"call step(closure), or first_step() and second_step() after a backward each"
+                f"call step(closure), or first_step() and second_step() after a backward each; in Lightning, add "
+                f"wcr_optim.integrations.lightning.SharpnessCallback() to the trainer"
             )
 
     def _steps(self) -> int:
@@ -373,7 +382,7 @@ class TwoPass(OptimizerWrapper):
         return super().state_dict()
 
     def __getstate__(self) -> dict[str, Any]:
-        return super().__getstate__() | {"_overflow": None}
+        return super().__getstate__() | {"_overflow": None, "_watch": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

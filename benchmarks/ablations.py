@@ -1,0 +1,176 @@
+"""What each part of the method is worth: ``python -m benchmarks ablations``.
+
+On one task, at strengths that are searched for each variant anew: the threshold's rule, the exact flow against an
+explicit gradient step, a step of its own against a term in the loss, an early end or a late start, with and without
+weight decay, all layers or all but the first and the last. Every run is also pruned per layer, in N:M patterns, and
+quantized to int8 after pruning.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from benchmarks import runner, tasks, tuning
+from benchmarks.methods import Method
+from benchmarks.report import filled
+from benchmarks.trials import COLUMNS, KEY, Trial, run_trial, steps_of
+from wcr_optim.files import written_whole
+
+VARIANTS: dict[str, list[tuple[str, str, str]]] = {
+    "Threshold's rule": [
+        ("mean magnitude (WCR)", "wcr", ""),
+        ("energy-weighted mean (scale-free WCR)", "scale_free", ""),
+        ("energy-weighted mean (Hoyer-square)", "hoyer", ""),
+        ("the same for all (l1)", "l1", ""),
+    ],
+    "How the step is taken": [
+        ("WCR: exact flow", "wcr", ""),
+        ("WCR: explicit gradient step", "wcr_explicit", ""),
+        ("WCR: in the loss", "wcr_in_loss", ""),
+        ("scale-free: exact flow", "scale_free", ""),
+        ("scale-free: explicit gradient step", "scale_free_explicit", ""),
+        ("scale-free: in the loss", "scale_free_in_loss", ""),
+    ],
+    "When": [
+        ("scale-free: the whole run", "scale_free", ""),
+        ("the first half", "scale_free", "until=0.5"),
+        ("all but the first quarter", "scale_free", "from=0.25"),
+        ("the last half", "scale_free", "from=0.5"),
+        ("the last quarter", "scale_free", "from=0.75"),
+    ],
+    "Weight decay": [
+        ("WCR with weight decay", "wcr", ""),
+        ("WCR without", "wcr", "wd=0"),
+        ("scale-free with weight decay", "scale_free", ""),
+        ("scale-free without", "scale_free", "wd=0"),
+    ],
+    "Which layers": [
+        ("scale-free: all weights", "scale_free", ""),
+        ("all but the first and the last layer", "scale_free", "layers=inner"),
+        ("biases and norms too", "scale_free", "layers=all"),
+    ],
+}
+"""Tables of names, penalties and options."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the ablations; see ``--help``."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks ablations", description=__doc__.splitlines()[0])
+    parser.add_argument("--tasks", type=lambda t: t.split(","), default=["digits_cnn"], help="(default: digits_cnn)")
+    parser.add_argument("--base", default="sgd", help="sgd or adamw (default: sgd)")
+    parser.add_argument("--seeds", type=int, default=3, help="runs on the test split of each choice (default: 3)")
+    parser.add_argument("--strengths", type=int, default=7, help="of each search (default: 7)")
+    parser.add_argument("--steps", type=int, default=0, help="of a run (default: the task's)")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time (default: 2)")
+    parser.add_argument("--device", default="cpu", help="(default: cpu)")
+    parser.add_argument("--output", type=Path, default=Path("docs/results"), help="folder (default: docs/results)")
+    parser.add_argument("--page", type=Path, default=Path("docs/results.md"), help="page whose tables are renewed")
+    o = parser.parse_args(argv)
+    results = runner.Results(o.output / "ablations.csv", COLUMNS, KEY)
+    work = functools.partial(_run, o.device)
+    variants = list(dict.fromkeys((penalty, options) for rows in VARIANTS.values() for _, penalty, options in rows))
+    for task in o.tasks:
+        plain = [Trial(task, o.base, 0, split="validation", steps=o.steps)]
+        for penalty, options in variants:
+            method = f"{o.base}+{penalty}"
+            for strength, rho in tuning.grid(method, o.strengths):
+                plain.append(Trial(task, method, 0, strength, rho, options=options, steps=o.steps))
+        runner.run_missing(work, plain, steps_of, results, o.jobs)
+        rows = results.read()
+        tested = [Trial(task, o.base, seed, split="test", steps=o.steps) for seed in range(o.seeds)]
+        for penalty, options in variants:
+            for goal in tasks.task(task).goals:
+                pair = tuning.chosen(rows, task, f"{o.base}+{penalty}", goal, options=options)
+                if pair is not None:
+                    tested += [
+                        Trial(task, f"{o.base}+{penalty}", seed, *pair, options=options, split="test", steps=o.steps)
+                        for seed in range(o.seeds)
+                    ]
+        runner.run_missing(work, tested, steps_of, results, o.jobs)
+        text = report(results.read(), task, o.base)
+        print(text)
+        if o.page.exists():
+            page = filled(o.page.read_text(encoding="utf-8"), f"ablations {task}", text)
+            with written_whole(o.page) as temporary:
+                temporary.write_text(page, encoding="utf-8")
+    return 0
+
+
+def _run(device: str, trial: Trial, progress: object) -> list[runner.Row]:
+    return run_trial(trial, device, progress)  # type: ignore[arg-type]
+
+
+def report(rows: tuning.Rows, task: str, base: str) -> str:
+    """Lay out a table for each question, and one of the ways to prune and quantize."""
+    kind = tasks.task(task)
+    head = "".join(f" {100 * goal:g} % (dense) |" for goal in kind.goals)
+    blocks = []
+    for title, variants in VARIANTS.items():
+        lines = [f"| {title} |{head}", "|---" * (len(kind.goals) + 1) + "|"]
+        for name, penalty, options in variants:
+            cells = [_cell(rows, task, f"{base}+{penalty}", options, goal) for goal in kind.goals]
+            lines.append(f"| {name} | " + " | ".join(cells) + " |")
+        blocks.append("\n".join(lines))
+    blocks.append(_ways(rows, task, base))
+    return "\n\n".join(blocks)
+
+
+def _cell(rows: tuning.Rows, task: str, method: str, options: str, goal: float) -> str:
+    pair = tuning.chosen(rows, task, method, goal, options=options)
+    if pair is None:
+        return "–"
+    at, dense = (_values(rows, task, method, options, pair, sparsity, "global") for sparsity in (goal, 0.0))
+    if not at or not dense:
+        return "–"
+    return f"{_mean(at)} ({statistics.mean(dense):.1f}) at {pair[0]:g}"
+
+
+def _mean(values: Sequence[float]) -> str:
+    spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.1f}{spread}"
+
+
+def _values(
+    rows: tuning.Rows, task: str, method: str, options: str, pair: tuple[float, float], sparsity: float, scope: str
+) -> list[float]:
+    kind = tasks.task(task)
+    recalibrated = str(kind.calibration is not None)
+    wanted: Mapping[str, str] = {
+        "task": task,
+        "method": method,
+        "options": options,
+        "split": "test",
+        "metric": kind.metric,
+        "scope": scope,
+        "recalibrated": recalibrated,
+    }
+    return [
+        float(row["value"])
+        for row in rows
+        if all(row[name] == value for name, value in wanted.items())
+        and (float(row["strength"]), float(row["rho"])) == pair
+        and float(row["sparsity"]) == sparsity
+    ]
+
+
+def _ways(rows: tuning.Rows, task: str, base: str) -> str:
+    """Lay out the ways to prune of the strengths that are best at the middle of the wanted sparsities."""
+    kind = tasks.task(task)
+    goal = kind.goals[len(kind.goals) // 2]
+    ways = [("global", goal), ("layer", goal), ("2:4", 0.5), ("1:4", 0.75), ("1:8", 0.875), ("int8", goal)]
+    names = {"global": "{:g} % global", "layer": "{:g} % per layer", "int8": "{:g} % global, int8"}
+    head = "".join(f" {names.get(scope, scope + ' ({:g} %)').format(100 * at)} |" for scope, at in ways)
+    lines = [f"| How it is pruned | dense |{head}", "|---" * (len(ways) + 2) + "|"]
+    for penalty in ("", "l1", "hoyer", "wcr", "scale_free"):
+        method = f"{base}+{penalty}" if penalty else base
+        pair = tuning.chosen(rows, task, method, goal) if penalty else (0.0, 0.0)
+        if pair is None:
+            continue
+        found = [_values(rows, task, method, "", pair, at, scope) for scope, at in [("global", 0.0), *ways]]
+        label = Method.of(method).label
+        lines.append(f"| {label} | " + " | ".join(_mean(values) if values else "–" for values in found) + " |")
+    return "\n".join(lines)

@@ -1,0 +1,291 @@
+"""Tables and pictures of stored results: ``python -m benchmarks report``.
+
+Reads docs/results/{vision,language,segmentation}.csv, draws the pictures in docs/images and renews the tables between
+the markers ``<!-- table: TASK -->`` and ``<!-- end -->`` in docs/results.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks import runner, tasks, tuning
+from benchmarks.methods import Method
+from benchmarks.trials import COLUMNS, KEY
+from wcr_optim import plots
+from wcr_optim.files import written_whole
+
+SUITES = ("vision", "language", "segmentation")
+Rows = Sequence[Mapping[str, str]]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What a method reaches at a sparsity on the test split.
+
+    Attributes:
+        values: One for each seed, dense values of the same runs beside them.
+        dense: As values.
+        strength: That of the penalty, or rho where that was searched; None where nothing was.
+        cost: Means of seconds, gradient evaluations and sharpness.
+    """
+
+    values: tuple[float, ...]
+    dense: tuple[float, ...]
+    strength: float | None
+    cost: Mapping[str, float]
+
+    @property
+    def mean(self) -> float:
+        """Mean over seeds."""
+        return statistics.mean(self.values)
+
+    @property
+    def spread(self) -> float:
+        """Sample standard deviation over seeds, 0 for a single one."""
+        return statistics.stdev(self.values) if len(self.values) > 1 else 0.0
+
+    @property
+    def dense_mean(self) -> float:
+        """Mean of the dense values."""
+        return statistics.mean(self.dense)
+
+
+def cell(rows: Rows, task: str, method: str, goal: float, *, careful: bool = False) -> Cell | None:
+    """Collect what a method reaches at a sparsity, with what the validation split chose for it.
+
+    Args:
+        rows: Of results.
+        task: Name of the task.
+        method: Name of the method.
+        goal: The sparsity.
+        careful: Take the strength that was chosen among those within tolerance of the baseline's dense value, and
+            return nothing if the dense value on test is not (default: False)
+    """
+    parts, kind = Method.of(method), tasks.task(task)
+    pair = None
+    if parts.searched is not None:
+        pair = tuning.chosen(rows, task, method, goal, careful=careful)
+        if pair is None:
+            return None
+    runs: dict[str, dict[float, Mapping[str, str]]] = {}
+    for row in rows:
+        if (row["task"], row["method"], row["split"], row["metric"]) != (task, method, "test", kind.metric):
+            continue
+        if row["scope"] != "global" or (row["recalibrated"] == "False" and kind.calibration is not None):
+            continue
+        if pair is not None and (float(row["strength"]), float(row["rho"])) != pair:
+            continue
+        if not parts.has_goal or float(row["goal"]) == goal:
+            runs.setdefault(row["seed"], {})[float(row["sparsity"])] = row
+    whole = [run for run in runs.values() if goal in run and 0.0 in run]
+    if not whole:
+        return None
+    cost = {
+        name: statistics.mean([float(run[goal][name]) for run in whole if run[goal][name]] or [float("nan")])
+        for name in ("seconds", "gradient_evaluations", "sharpness")
+    }
+    searched = None if pair is None else pair[0] if parts.searched == "strength" else pair[1]
+    values, dense = (tuple(float(run[at]["value"]) for run in whole) for at in (goal, 0.0))
+    found = Cell(values, dense, searched, cost)
+    if careful:
+        baseline = cell(rows, task, parts.base, goal)
+        if baseline is None or not tuning.within_tolerance(task, found.dense_mean, baseline.dense_mean):
+            return None
+    return found
+
+
+def table(rows: Rows, task: str, *, careful: bool = False) -> str:
+    """Lay out methods down and wanted sparsities across, as Markdown; the best of each column in bold."""
+    kind = tasks.task(task)
+    methods = tested(rows, task)
+    cells = {m: [cell(rows, task, m, goal, careful=careful) for goal in kind.goals] for m in methods}
+    one_shot = [m for m in methods if Method.of(m).pruning is None]
+    best = []
+    for k in range(len(kind.goals)):
+        means = [found.mean for m in one_shot if (found := cells[m][k]) is not None]
+        best.append(kind.best(means) if means else None)
+    head = [f"{100 * goal:g} % (dense)" for goal in kind.goals]
+    lines = [
+        "| method | " + " | ".join([*head, "gradients", "seconds", "sharpness"]) + " |",
+        "|---" * (len(head) + 4) + "|",
+    ]
+    for method, row in cells.items():
+        if not any(row):
+            continue
+        texts = [
+            _cell_text(kind, found, found is not None and found.mean == top)
+            for found, top in zip(row, best, strict=True)
+        ]
+        lines.append(f"| {Method.of(method).label} | " + " | ".join([*texts, *_costs(row)]) + " |")
+    return "\n".join(lines)
+
+
+def tested(rows: Rows, task: str) -> list[str]:
+    """List the methods that were measured on the test split, each base's together."""
+    names = dict.fromkeys(row["method"] for row in rows if row["task"] == task and row["split"] == "test")
+    order = {name: k for k, name in enumerate(names)}
+    return sorted(names, key=lambda name: (name.split("+")[0] != next(iter(tasks.task(task).lr)), order[name]))
+
+
+def _cell_text(kind: tasks.Task, found: Cell | None, is_best: bool) -> str:
+    if found is None:
+        return "–"
+    places = 3 if kind.metric == "bits_per_byte" else 1
+    value = f"{found.mean:.{places}f}"
+    value = f"**{value}**" if is_best else value
+    spread = f" ± {found.spread:.{places}f}" if len(found.values) > 1 else ""
+    at = "" if found.strength is None else f" at {found.strength:g}"
+    return f"{value}{spread} ({found.dense_mean:.{places}f}){at}"
+
+
+def _costs(row: Sequence[Cell | None]) -> list[str]:
+    found = [cell.cost for cell in row if cell is not None]
+    texts = []
+    for name, form in (("gradient_evaluations", "{:.0f}"), ("seconds", "{:.1f}"), ("sharpness", "{:.3g}")):
+        values = [cost[name] for cost in found if cost[name] == cost[name]]
+        texts.append(form.format(statistics.mean(values)) if values else "–")
+    return texts
+
+
+def verdict(rows: Rows, task: str) -> str:
+    """Say for each wanted sparsity which method is best among those that keep the dense value, and by how much."""
+    kind = tasks.task(task)
+    places = 3 if kind.metric == "bits_per_byte" else 1
+    lines = []
+    for goal in kind.goals:
+        found = {
+            m: c
+            for m in tested(rows, task)
+            if Method.of(m).pruning is None and (c := cell(rows, task, m, goal, careful=True)) is not None
+        }
+        ours = {m: c for m, c in found.items() if Method.of(m).penalty in ("wcr", "scale_free", "relative", "target")}
+        others = {m: c for m, c in found.items() if m not in ours}
+        if not ours or not others:
+            continue
+        one = kind.best(ours, key=lambda m: ours[m].mean)
+        other = kind.best(others, key=lambda m: others[m].mean)
+        gap = ours[one].mean - others[other].mean
+        gap = gap if kind.best is max else -gap
+        spread = max(ours[one].spread, others[other].spread)
+        word = "ahead of" if gap > spread else "behind" if gap < -spread else "level with"
+        named = [
+            f"{Method.of(m).label} {c.mean:.{places}f} ± {c.spread:.{places}f}"
+            for m, c in ((one, ours[one]), (other, others[other]))
+        ]
+        lines.append(f"- {100 * goal:g} %: {named[0]} is **{word}** {named[1]}")
+    return "\n".join(lines)
+
+
+def section(rows: Rows, task: str) -> str:
+    """Lay out all that is known of a task."""
+    kind = tasks.task(task)
+    unit = {"bits_per_byte": "bits per byte, lower is better"}.get(kind.metric, f"{kind.metric} in percent")
+    seeds = len({row["seed"] for row in rows if row["task"] == task and row["split"] == "test"})
+    said = [
+        f"Data: {kind.data}. {kind.steps} steps. {unit[0].upper() + unit[1:]}; mean ± sample standard deviation over "
+        f"{seeds} seeds on the test split, dense value in parentheses, then the strength (or rho) that the validation "
+        f"split chose at that sparsity. Gradients, seconds and sharpness (largest eigenvalue of the loss's Hessian) "
+        f"are means over the row.",
+        table(rows, task),
+        f"Only strengths, and results, whose dense value is within {kind.tolerance:g} of the baseline's:",
+        table(rows, task, careful=True),
+        verdict(rows, task),
+    ]
+    return "\n\n".join(text for text in said if text)
+
+
+def summary(rows: Rows) -> dict[str, Any]:
+    """Collect all cells by task, method and sparsity."""
+    found: dict[str, Any] = {}
+    for task in dict.fromkeys(row["task"] for row in rows):
+        for method in tested(rows, task):
+            for goal in tasks.task(task).goals:
+                for careful in (False, True):
+                    one = cell(rows, task, method, goal, careful=careful)
+                    if one is not None:
+                        entry = {
+                            "mean": round(one.mean, 4),
+                            "standard_deviation": round(one.spread, 4),
+                            "values": one.values,
+                            "dense": one.dense,
+                            "strength": one.strength,
+                        }
+                        kind = "within_tolerance" if careful else "best"
+                        found.setdefault(task, {}).setdefault(method, {}).setdefault(f"{goal:g}", {})[kind] = entry
+    return found
+
+
+def draw(rows: Rows, task: str, folder: Path) -> None:
+    """Draw a task's metric over sparsity, and what each strength costs dense against what it keeps."""
+    kind = tasks.task(task)
+    goal = kind.goals[len(kind.goals) // 2]
+    curves: dict[str, list[tuple[float, float]]] = {}
+    tradeoffs: dict[str, list[tuple[float, float]]] = {}
+    for method in tested(rows, task):
+        parts = Method.of(method)
+        if parts.sharpness is not None or parts.pruning == "random":
+            continue
+        pair = tuning.chosen(rows, task, method, goal) if parts.searched else None
+        for row in rows:
+            if (row["task"], row["method"], row["split"], row["metric"]) != (task, method, "test", kind.metric):
+                continue
+            if row["scope"] != "global" or (row["recalibrated"] == "False" and kind.calibration is not None):
+                continue
+            same = pair is None or (float(row["strength"]), float(row["rho"])) == pair
+            if same and (not parts.has_goal or float(row["goal"]) == goal) and parts.pruning is None:
+                curves.setdefault(parts.label, []).append((float(row["sparsity"]), float(row["value"])))
+        means = tuning.validation_means(rows, task, method)
+        if len(means) > 1:
+            tradeoffs[parts.label] = [(at[0.0], at[goal]) for at in means.values() if goal in at]
+    folder.mkdir(parents=True, exist_ok=True)
+    if curves:
+        plots.sparsity_accuracy(curves, folder / f"{task}.png", ylabel=kind.metric.replace("_", " "))
+    if tradeoffs:
+        name = kind.metric.replace("_", " ")
+        plots.trade_off(
+            tradeoffs, folder / f"{task}_tradeoff.png", xlabel=f"{name}, dense", ylabel=f"{name} at {goal:.0%}"
+        )
+
+
+def write(rows: Rows, folder: Path, suite: str) -> None:
+    """Write a suite's Markdown table, JSON summary and pictures into a folder."""
+    names = [task for task in dict.fromkeys(row["task"] for row in rows) if tested(rows, task)]
+    text = "\n\n".join(f"## {task}\n\n{section(rows, task)}" for task in names)
+    with written_whole(folder / f"{suite}.md") as temporary:
+        temporary.write_text(text + "\n", encoding="utf-8")
+    with written_whole(folder / f"{suite}.json") as temporary:
+        temporary.write_text(json.dumps(summary(rows), indent=1) + "\n", encoding="utf-8")
+    for task in names:
+        draw(rows, task, folder)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Renew docs/results.md and its pictures; see ``--help``."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks report", description=__doc__.splitlines()[0])
+    parser.add_argument("--results", type=Path, default=Path("docs/results"), help="(default: docs/results)")
+    parser.add_argument("--page", type=Path, default=Path("docs/results.md"), help="(default: docs/results.md)")
+    parser.add_argument("--images", type=Path, default=Path("docs/images"), help="(default: docs/images)")
+    o = parser.parse_args(argv)
+    page = o.page.read_text(encoding="utf-8")
+    for suite in SUITES:
+        rows = runner.Results(o.results / f"{suite}.csv", COLUMNS, KEY).read()
+        for task in dict.fromkeys(row["task"] for row in rows):
+            if tested(rows, task):
+                page = filled(page, task, section(rows, task))
+                draw(rows, task, o.images)
+    with written_whole(o.page) as temporary:
+        temporary.write_text(page, encoding="utf-8")
+    return 0
+
+
+def filled(page: str, name: str, text: str) -> str:
+    """Put text between a page's markers of a name; a page without them stays as it is."""
+    marked = re.compile(rf"(<!-- table: {re.escape(name)} -->\n).*?(<!-- end -->)", re.DOTALL)
+    return marked.sub(lambda found: f"{found[1]}\n{text}\n\n{found[2]}", page)

@@ -1,0 +1,171 @@
+"""Run trials side by side with a progress bar, and keep their rows in a file so that a killed run continues."""
+
+from __future__ import annotations
+
+import csv
+import io
+import multiprocessing
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from tqdm import tqdm
+
+from wcr_optim.files import written_whole
+
+try:
+    import fcntl
+except ImportError:  # no such locks on this system: one command at a time then
+    fcntl = None  # type: ignore[assignment]
+
+T = TypeVar("T")
+Row = dict[str, Any]
+
+_steps_done: Any = None
+
+
+def run(
+    work: Callable[..., list[Row]],
+    trials: Sequence[T],
+    steps: Callable[[T], int],
+    jobs: int,
+    done: Callable[[list[Row]], None] = lambda rows: None,
+    unit: str = "step",
+) -> list[list[Row]]:
+    """Run trials in processes of one thread each, with a bar over all their steps and the time left.
+
+    Args:
+        work: Called with a trial and a function without arguments to be called after every step; returns rows. It and
+            the trials are sent to other processes.
+        trials: What to run, begun in this order.
+        steps: How many steps a trial takes.
+        jobs: Processes side by side.
+        done: Called with the rows of each trial as it ends (default: nothing)
+        unit: What the bar counts (default: "step")
+
+    Returns:
+        The rows of each trial, in the trials' order.
+    """
+    if not trials:
+        return []
+    context = multiprocessing.get_context("spawn")
+    counter = context.Value("q", 0)
+    with (
+        tqdm(
+            total=sum(map(steps, trials)),
+            unit=unit,
+            desc="training",
+            dynamic_ncols=True,
+            smoothing=0.05,
+            mininterval=0.1 if sys.stderr.isatty() else 10.0,
+        ) as bar,
+        ProcessPoolExecutor(jobs, context, initializer=_start, initargs=(counter,)) as pool,
+    ):
+        futures = [pool.submit(_in_process, work, trial) for trial in trials]
+        pending = set(futures)
+        try:
+            while pending:
+                ended, pending = wait(pending, timeout=0.5, return_when=FIRST_COMPLETED)
+                bar.update(counter.value - bar.n)
+                for future in ended:
+                    done(future.result())
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in list((pool._processes or {}).values()):
+                process.terminate()  # a run of minutes is not waited for; its rows are written whole or not at all
+            raise
+    return [future.result() for future in futures]
+
+
+def _start(counter: Any) -> None:
+    global _steps_done
+    _steps_done = counter
+    torch.set_num_threads(1)
+
+
+def _in_process(work: Callable[..., list[Row]], trial: Any) -> list[Row]:
+    return work(trial, _count)
+
+
+def _count() -> None:
+    if _steps_done is not None:
+        with _steps_done.get_lock():
+            _steps_done.value += 1
+
+
+class Results:
+    """A CSV file of rows; those of one trial are added all at once or not at all, whatever kills the process.
+
+    Commands side by side may share a file.
+
+    Args:
+        path: The file; it need not exist.
+        columns: Its columns.
+        key: Those that tell trials apart.
+    """
+
+    def __init__(self, path: Path, columns: Sequence[str], key: Sequence[str]) -> None:
+        self.path, self.columns, self.key = path, tuple(columns), tuple(key)
+
+    def read(self) -> list[dict[str, str]]:
+        """Return all rows.
+
+        Raises:
+            ValueError: If the file has other columns.
+
+        """
+        if not self.path.exists():
+            return []
+        with self.path.open(newline="", encoding="utf-8") as file:
+            reader = csv.DictReader(file)
+            if tuple(reader.fieldnames or ()) != self.columns:
+                raise ValueError(f"{self.path} has other columns than this version writes; name another file")
+            return list(reader)
+
+    def keys(self) -> set[tuple[str, ...]]:
+        """Return the keys of the trials that the file holds."""
+        return {tuple(row[name] for name in self.key) for row in self.read()}
+
+    def append(self, rows: Sequence[Row]) -> None:
+        """Add the rows of one trial, nothing if the file has them by now."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self._locked():
+            if tuple(str(rows[0][name]) for name in self.key) in self.keys():
+                return
+            text = io.StringIO(newline="")
+            writer = csv.DictWriter(text, self.columns, lineterminator="\n")
+            if not self.path.exists():
+                writer.writeheader()
+            writer.writerows(rows)
+            before = self.path.read_bytes() if self.path.exists() else b""
+            with written_whole(self.path) as temporary:
+                temporary.write_bytes(before + text.getvalue().encode())
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        folder = os.open(self.path.parent, os.O_RDONLY)
+        try:
+            if fcntl is not None:
+                fcntl.flock(folder, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(folder)
+
+
+def run_missing(
+    work: Callable[..., list[Row]], trials: Sequence[Any], steps: Callable[[Any], int], results: Results, jobs: int
+) -> None:
+    """Run those trials whose rows a file does not hold yet, and add them as each ends."""
+    held = results.keys()
+    missing = list(dict.fromkeys(trial for trial in trials if trial.key not in held))
+    print(f"{len(trials) - len(missing)} of {len(trials)} runs are in {results.path} already", flush=True)
+    started = time.perf_counter()
+    run(work, missing, steps, jobs, results.append)
+    if missing:
+        print(f"{len(missing)} runs in {time.perf_counter() - started:.0f} s", flush=True)

@@ -1,0 +1,141 @@
+"""Methods against each other on the tasks of a suite: tuned on validation, pruned once, measured on test.
+
+    python -m benchmarks vision --quick
+    python -m benchmarks vision --full
+    python -m benchmarks language --methods adamw,adamw+wcr,adamw+target --seeds 3
+
+Every strength (and rho) is searched on the validation split from the same number of runs; what it chooses is run anew
+from several seeds and measured on the test split. Rows are added to OUTPUT/SUITE.csv as runs end, and runs that the
+file holds are not repeated, so a killed command continues where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks import report, runner, tasks, tuning
+from benchmarks.methods import SHARPNESS, Method
+from benchmarks.tasks import SPARSITIES
+from benchmarks.trials import COLUMNS, KEY, Trial, run_trial, steps_of
+
+SUITES = {
+    "vision": ("digits_mlp", "digits_cnn", "digits_resnet", "textures"),
+    "language": ("language",),
+    "segmentation": ("mosaics", "tissue"),
+}
+PENALTIES = ("l1", "l2", "hoyer", "wcr", "scale_free", "target")
+
+
+def main(suite: str, argv: Sequence[str] | None = None) -> int:
+    """Run a suite; see ``--help``."""
+    o = _parse(suite, argv)
+    results = runner.Results(o.output / f"{suite}.csv", COLUMNS, KEY)
+    work = functools.partial(_run, o.device, tuple(o.sparsities))
+    for task in o.tasks:
+        methods = o.methods or every_method(task, quick=o.quick)
+        steps = round(tasks.task(task).steps * o.share)
+        steps = 0 if steps == tasks.task(task).steps else steps
+        searched = [method for method in methods if Method.of(method).searched or method in _bases(task)]
+        common: dict[str, Any] = {"steps": steps, "options": o.options}
+        if o.split in ("both", "validation"):
+            print(f"{task}: strengths, on the validation split", flush=True)
+            runner.run_missing(
+                work, tuning.searches(task, searched, o.strengths, [0], steps), steps_of, results, o.jobs
+            )
+        if o.split == "validation":
+            told = [method for method in methods if Method.of(method).has_goal]
+            trials = tuning.searches(task, told, 1, range(o.seeds), **common)
+            runner.run_missing(work, trials, steps_of, results, o.jobs)
+            continue
+        print(f"{task}: what they chose, on the test split", flush=True)
+        trials = tuning.choices(task, methods, results.read(), range(o.seeds), **common)
+        runner.run_missing(work, trials, steps_of, results, o.jobs)
+    if o.split != "validation":
+        report.write(results.read(), o.output, suite)
+        print(f"see {o.output}/{suite}.md, {suite}.json and the pictures beside them")
+    return 0
+
+
+def _run(device: str, sparsities: tuple[float, ...], trial: Trial, progress: Any) -> list[runner.Row]:
+    return run_trial(trial, device, progress, sparsities)
+
+
+def every_method(task: str, *, quick: bool = False) -> list[str]:
+    """List the methods of a task: bases and sharpness-aware ones, with and without penalties, and yardsticks."""
+    bases = _bases(task)
+    if quick:
+        return _with(bases[0], ("", "hoyer", "wcr", "scale_free", "target"))
+    methods = [name for base in bases for name in _with(base, ("", *PENALTIES))]
+    for sharpness in SHARPNESS:
+        methods += _with(f"{bases[0]}+{sharpness}", ("", "wcr", "scale_free", "target"))
+    return [*methods, f"{bases[0]}+random", f"{bases[0]}+gradual"]
+
+
+def _bases(task: str) -> list[str]:
+    return list(tasks.task(task).lr)
+
+
+def _with(inner: str, penalties: Sequence[str]) -> list[str]:
+    return [f"{inner}+{penalty}" if penalty else inner for penalty in penalties]
+
+
+def _parse(suite: str, argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog=f"python -m benchmarks {suite}",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--quick", action="store_true", help="five methods, three strengths, two seeds, half the steps")
+    size.add_argument("--full", action="store_true", help="all methods, ten strengths, three seeds, into docs/results")
+    parser.add_argument(
+        "--tasks", type=_names, default=list(SUITES[suite]), help=f"(default: {','.join(SUITES[suite])})"
+    )
+    parser.add_argument("--methods", type=_names, help="names such as sgd,sgd+wcr,adamw+sam+target (default: all)")
+    parser.add_argument("--seeds", type=_count, help="runs on the test split of each choice (default: 3)")
+    parser.add_argument("--strengths", type=_count, help="strengths of each search (default: 5)")
+    parser.add_argument("--sparsities", type=_sparsities, default=SPARSITIES, help="to prune at (default: 0 to 0.99)")
+    parser.add_argument("--share", type=float, help="of the task's steps to train for (default: 1)")
+    parser.add_argument("--options", default="", help="of SparsityTarget, as name=value;name=value")
+    parser.add_argument("--split", choices=("both", "validation", "test"), default="both", help="(default: both)")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
+    parser.add_argument("--jobs", type=_count, default=os.cpu_count() or 1, help="runs at a time (default: one a core)")
+    parser.add_argument("--output", type=Path, help="folder of the results (default: results)")
+    o = parser.parse_args(argv)
+    o.seeds = o.seeds or (2 if o.quick else 3)
+    o.strengths = o.strengths or (3 if o.quick else 10 if o.full else 5)
+    o.share = o.share or (0.5 if o.quick else 1.0)
+    o.output = o.output or Path("results/quick" if o.quick else "docs/results" if o.full else "results")
+    try:
+        for task in o.tasks:
+            known = tasks.task(task)
+            bad = [name for name in o.methods or () if Method.of(name).base not in known.lr]
+            if bad:
+                raise ValueError(f"task {task} has no setting for the base of {bad[0]!r}; it has {', '.join(known.lr)}")
+            o.sparsities = sorted({0.0, *known.goals, *o.sparsities})
+    except (ValueError, OSError, ImportError) as error:
+        parser.error(str(error))
+    return o
+
+
+def _names(text: str) -> list[str]:
+    return [name for name in text.split(",") if name]
+
+
+def _count(text: str) -> int:
+    count = int(text)
+    if count < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {count}")
+    return count
+
+
+def _sparsities(text: str) -> list[float]:
+    values = [float(x) for x in text.split(",")]
+    if not all(0.0 <= value <= 1.0 for value in values):
+        raise argparse.ArgumentTypeError(f"must lie in [0, 1], got {text}")
+    return values

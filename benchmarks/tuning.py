@@ -1,0 +1,158 @@
+"""Which strengths are searched, and which one the validation split chooses."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+
+from benchmarks import tasks
+from benchmarks.methods import RHO, Method
+from benchmarks.trials import Trial
+
+# Where the grid of a strength begins and ends: three decades, chosen so that the best one lies inside on the digits.
+DECADES = 3.0
+LOWEST: dict[str, dict[str, float]] = {
+    "sgd": {
+        "l1": 1e-4,
+        "l2": 1e-4,
+        "hoyer": 1e-4,
+        "wcr": 3e-4,
+        "scale_free": 1e-4,
+        "relative": 1e-1,
+        "prox": 3e-5,
+    },
+    "adamw": {
+        "l1": 1e-3,
+        "l2": 1e-2,
+        "hoyer": 1e-3,
+        "wcr": 1e-2,
+        "scale_free": 1e-3,
+        "relative": 3e-1,
+        "prox": 3e-3,
+    },
+}
+RHOS = (0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 4.0)
+"""Times a method's default."""
+
+Rows = Sequence[Mapping[str, str]]
+
+
+def grid(method: str, count: int) -> list[tuple[float, float]]:
+    """Return pairs of strength and rho to search, `count` of them; one pair where nothing is searched."""
+    parts = Method.of(method)
+    rho = RHO.get(parts.sharpness or "", 0.0)
+    if parts.searched == "strength":
+        assert parts.penalty is not None
+        penalty = parts.penalty.removesuffix("_explicit")
+        lowest = LOWEST[parts.base][penalty.removesuffix("_in_loss")]
+        if penalty.endswith("_in_loss"):
+            lowest /= 10  # momentum adds up ten steps of it
+        between = max(count - 1, 1)
+        return [(float(f"{lowest * 10 ** (DECADES * k / between):.3g}"), rho) for k in range(count)]
+    if parts.searched == "rho":
+        between = max(count - 1, 1)
+        chosen = sorted({round(k * (len(RHOS) - 1) / between) for k in range(count)}) if count > 1 else [5]
+        return [(0.0, float(f"{rho * RHOS[k]:.3g}")) for k in chosen]
+    return [(0.0, rho)]
+
+
+def searches(
+    task: str, methods: Iterable[str], count: int, seeds: Iterable[int], steps: int = 0, options: str = ""
+) -> list[Trial]:
+    """List the runs on the validation split."""
+    trials = []
+    for method in methods:
+        goals = tasks.task(task).goals if Method.of(method).has_goal else (0.0,)
+        for strength, rho in grid(method, count):
+            for goal in goals:
+                for seed in seeds:
+                    trials.append(
+                        Trial(task, method, seed, strength, rho, goal, _options(method, options), steps=steps)
+                    )
+    return trials
+
+
+def choices(
+    task: str, methods: Iterable[str], rows: Rows, seeds: Iterable[int], steps: int = 0, options: str = ""
+) -> list[Trial]:
+    """List the runs on the test split, with what the validation split chose."""
+    trials: list[Trial] = []
+    for method in methods:
+        parts, goals = Method.of(method), tasks.task(task).goals
+        if parts.searched is None:
+            settings = [
+                (0.0, RHO.get(parts.sharpness or "", 0.0), goal) for goal in (goals if parts.has_goal else (0.0,))
+            ]
+        else:
+            both = [chosen(rows, task, method, goal, careful=careful) for goal in goals for careful in (False, True)]
+            settings = [(*pair, 0.0) for pair in dict.fromkeys(both) if pair is not None]
+        for strength, rho, goal in settings:
+            for seed in seeds:
+                own = _options(method, options)
+                trials.append(Trial(task, method, seed, strength, rho, goal, own, split="test", steps=steps))
+    return trials
+
+
+def _options(method: str, options: str) -> str:
+    return options if Method.of(method).penalty == "target" else ""
+
+
+def chosen(
+    rows: Rows, task: str, method: str, goal: float, *, careful: bool = False, options: str = ""
+) -> tuple[float, float] | None:
+    """Return strength and rho with the best mean on the validation split at a sparsity; of equals, the best dense one.
+
+    Args:
+        rows: Of results.
+        task: Name of the task.
+        method: Name of the method.
+        goal: The sparsity.
+        careful: Choose only among those whose dense value is within the task's tolerance of the baseline's (default:
+            False)
+        options: Those of the runs (default: "")
+
+    Returns:
+        None if there are no runs, or none that is careful enough.
+    """
+    values = validation_means(rows, task, method, options)
+    if not values:
+        return None
+    kind = tasks.task(task)
+    if careful:
+        baseline = validation_means(rows, task, Method.of(method).base)
+        if not baseline:
+            return None
+        dense = next(iter(baseline.values())).get(0.0)
+        if dense is None:
+            return None
+        values = {pair: at for pair, at in values.items() if within_tolerance(task, at[0.0], dense)}
+        if not values:
+            return None
+    best: tuple[float, float] = kind.best(values, key=lambda pair: (values[pair][goal], values[pair][0.0]))
+    return best
+
+
+def within_tolerance(task: str, dense: float, baseline: float) -> bool:
+    """Say whether a dense value is as good as the baseline's, up to the task's tolerance."""
+    kind = tasks.task(task)
+    worse = baseline - dense if kind.best is max else dense - baseline
+    return worse <= kind.tolerance + 1e-9
+
+
+def validation_means(
+    rows: Rows, task: str, method: str, options: str = ""
+) -> dict[tuple[float, float], dict[float, float]]:
+    """Return the means over seeds at each sparsity, by strength and rho, of the runs with the given options."""
+    kind = tasks.task(task)
+    found: dict[tuple[float, float], dict[float, list[float]]] = {}
+    for row in rows:
+        if (row["task"], row["method"], row["split"]) != (task, method, "validation") or row["metric"] != kind.metric:
+            continue
+        if row["scope"] == "global" and row["options"] == options:
+            at = found.setdefault((float(row["strength"]), float(row["rho"])), {})
+            at.setdefault(float(row["sparsity"]), []).append(float(row["value"]))
+    return {
+        pair: {sparsity: statistics.mean(values) for sparsity, values in at.items()}
+        for pair, at in found.items()
+        if all(value == value for values in at.values() for value in values)
+    }

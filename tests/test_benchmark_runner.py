@@ -1,0 +1,373 @@
+"""The benchmarks' machinery: names of methods, searches and choices, files of results, variants, sharpness."""
+
+import functools
+import itertools
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from benchmarks import ablations, report, runner, suites, tasks, tuning
+from benchmarks.__main__ import main as benchmarks
+from benchmarks.curvature import largest_eigenvalue
+from benchmarks.gradual import GradualPruning
+from benchmarks.methods import PENALTIES, SHARPNESS, Method
+from benchmarks.trials import COLUMNS, KEY, Trial, moved, quantized, run_trial, steps_of
+from benchmarks.variants import ExplicitStep, InLoss, Window
+from wcr_optim import WCR, param_groups, pruning
+from wcr_optim.moments import moments
+from wcr_optim.penalties import ScaleFree
+
+
+@pytest.mark.parametrize("base", ["sgd", "adamw"])
+def test_every_method_has_a_name_that_reads_back(base):
+    for name in [base, f"{base}+random", *(f"{base}+{p}" for p in PENALTIES), *(f"{base}+{s}+wcr" for s in SHARPNESS)]:
+        assert Method.of(name).name == name
+        assert Method.of(name).label
+
+
+@pytest.mark.parametrize("name", ["", "adam", "sgd+nothing", "sgd+wcr+sam", "sgd+sam+sam", "wcr"])
+def test_names_that_say_nothing_are_refused(name):
+    with pytest.raises(ValueError, match="no method"):
+        Method.of(name)
+
+
+@pytest.mark.parametrize("penalty", sorted(PENALTIES))
+def test_a_penalty_reaches_the_weights_that_are_pruned_and_nothing_else(penalty):
+    model = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 3))
+    biases = [model[0].bias.clone(), model[1].bias.clone()]
+    before = model[0].weight.clone()
+    optimizer = Method.of(f"sgd+{penalty}").optimizer(model, lr=0.1, weight_decay=0.0, strength=1e-2)
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    assert not torch.equal(model[0].weight, before)
+    assert all(torch.equal(b, layer.bias) for b, layer in zip(biases, model, strict=True))
+
+
+def test_layers_of_a_penalty():
+    def moved_layers(layers):
+        model = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4), nn.Linear(4, 3))
+        before = [p.clone() for p in model.parameters()]
+        optimizer = Method.of("sgd+l1").optimizer(model, 0.1, 0.0, 1e-2, layers=layers)
+        for p in model.parameters():
+            p.grad = torch.zeros_like(p)
+        optimizer.step()
+        return [not torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True)]
+
+    assert moved_layers("weights") == [True, False] * 3
+    assert moved_layers("inner") == [False, False, True, False, False, False]
+    assert moved_layers("all") == [True] * 6
+
+
+@pytest.mark.parametrize("count", [1, 3, 5, 10])
+def test_grids_span_three_decades_with_as_many_runs_as_asked_for(count):
+    strengths = [strength for strength, _ in tuning.grid("sgd+wcr", count)]
+    assert len(strengths) == count == len(set(strengths))
+    if count > 1:
+        assert strengths[-1] / strengths[0] == pytest.approx(1000, rel=1e-2)
+    rhos = [rho for _, rho in tuning.grid("sgd+sam", count)]
+    assert len(set(rhos)) == count
+    assert tuning.grid("sgd", count) == [(0.0, 0.0)]
+
+
+def rows_of(method, strength, values, seed=0, split="validation", goal=0.0, options=""):
+    trial = Trial("digits_mlp", method, seed, strength, 0.0, goal, options, split)
+    measured = {"scope": "global", "recalibrated": False, "metric": "accuracy", "seconds": 1, "gradient_evaluations": 9}
+    return [
+        {name: str(value) for name, value in (dict.fromkeys(COLUMNS, "") | vars(trial) | measured | at).items()}
+        for at in ({"sparsity": sparsity, "value": value} for sparsity, value in values.items())
+    ]
+
+
+GOALS = (0.9, 0.95, 0.97, 0.98)
+
+
+def accuracies(dense, pruned):
+    return {0.0: dense} | dict.fromkeys(GOALS, pruned)
+
+
+def test_the_validation_split_chooses_and_the_test_split_reports():
+    rows = [
+        *rows_of("sgd", 0.0, accuracies(98.0, 60.0)),
+        *rows_of("sgd+wcr", 1e-3, accuracies(97.8, 80.0)),
+        *rows_of("sgd+wcr", 1e-2, accuracies(95.0, 90.0)),
+        *rows_of("sgd+wcr", 1e-1, accuracies(94.0, 90.0)),
+        *rows_of("sgd+wcr", 1.0, accuracies(99.0, 99.0), options="wd=0"),
+        *rows_of("sgd", 0.0, accuracies(97.9, 61.0), split="test"),
+        *[
+            r
+            for seed, value in ((0, 88.0), (1, 90.0))
+            for r in rows_of("sgd+wcr", 1e-2, accuracies(95.0, value), seed, "test")
+        ],
+        *rows_of("sgd+wcr", 1e-3, accuracies(97.5, 79.0), split="test"),
+    ]
+    assert tuning.chosen(rows, "digits_mlp", "sgd+wcr", 0.95) == (1e-2, 0.0)  # of equals the best dense one
+    assert tuning.chosen(rows, "digits_mlp", "sgd+wcr", 0.95, careful=True) == (1e-3, 0.0)
+    assert tuning.chosen(rows, "digits_mlp", "sgd+wcr", 0.95, options="wd=0") == (1.0, 0.0)
+    assert tuning.chosen(rows, "digits_mlp", "sgd+l1", 0.95) is None
+    found = report.cell(rows, "digits_mlp", "sgd+wcr", 0.95)
+    assert (found.mean, found.spread, found.dense_mean, found.strength) == (89.0, pytest.approx(2**0.5), 95.0, 1e-2)
+    assert report.cell(rows, "digits_mlp", "sgd+wcr", 0.95, careful=True).mean == 79.0
+    text = report.section(rows, "digits_mlp")
+    assert "| SGD + WCR | **89.0** ± 1.4 (95.0) at 0.01 |" in text
+    assert "95 %: SGD + WCR 79.0 ± 0.0 is **ahead of** SGD 61.0 ± 0.0" in text
+    trials = tuning.choices("digits_mlp", ["sgd", "sgd+wcr", "sgd+target"], rows, [0, 1])
+    assert {t.strength for t in trials if t.method == "sgd+wcr"} == {1e-2, 1e-3}
+    assert {t.goal for t in trials if t.method == "sgd+target"} == set(GOALS)
+    assert all(t.split == "test" for t in trials)
+
+
+def test_a_diverged_run_stays_in_the_file_and_chooses_nothing():
+    (row,) = run_trial(Trial("digits_mlp", "sgd", options="lr=1e9", steps=5))
+    assert row["value"] == ""
+    assert "NaN" in row["warned"]
+    assert tuning.validation_means([{k: str(v) for k, v in row.items()}], "digits_mlp", "sgd", "lr=1e9") == {}
+
+
+def test_filled_puts_text_between_the_markers_of_its_name_only():
+    page = "a\n<!-- table: x -->\nold\n<!-- end -->\nb\n<!-- table: xy -->\nkept\n<!-- end -->\n"
+    once = report.filled(page, "x", "new \\1")
+    assert once == page.replace("old", "\nnew \\1\n")
+    assert report.filled(once, "x", "new \\1") == once
+    assert report.filled(page, "z", "new") == page
+
+
+@pytest.mark.parametrize("method", ["sgd+wcr", "adamw+target", "sgd+gradual", "sgd+random", "sgd+sparse_sam+target"])
+def test_a_run_on_the_test_split_is_measured_in_every_way(method):
+    trial = Trial("digits_cnn", method, strength=1e-3, goal=0.95, split="test", steps=6)
+    ticks = []
+    rows = run_trial(trial, progress=lambda: ticks.append(None), sparsities=(0.0, 0.95))
+    assert len(ticks) == 6 == steps_of(trial)
+    assert all(set(row) == set(COLUMNS) for row in rows)
+    assert float(rows[0]["sharpness"]) == float(rows[0]["sharpness"])
+    assert rows[0]["gradient_evaluations"] == (12 if "sam" in method else 6)
+    ways = {(row["scope"], row["recalibrated"]) for row in rows}
+    if method != "sgd+random":
+        assert ways >= {("global", True), ("global", False), ("layer", True), ("2:4", True), ("int8", True)}
+    if method == "sgd+gradual":  # the masks hold as many zeros as wanted
+        assert rows[0]["value"] == rows[1]["value"]
+
+
+def test_a_trial_repeats_itself_bit_for_bit():
+    trial = Trial("digits_mlp", "sgd+cram+wcr", seed=3, strength=1e-3, split="test", steps=8)
+    first, second = ([row["value"] for row in run_trial(trial)] for _ in range(2))
+    assert first == second
+
+
+def work(results_of, trial, progress):
+    for _ in range(3):
+        progress()
+    time.sleep(0.01)
+    return [dict.fromkeys(COLUMNS, "") | vars(trial) | {"sparsity": s, "value": results_of} for s in (0.0, 0.9)]
+
+
+def test_rows_come_back_in_order_and_only_missing_runs_are_run(tmp_path, capfd):
+    results = runner.Results(tmp_path / "r.csv", COLUMNS, KEY)
+    trials = [Trial("digits_mlp", "sgd", seed) for seed in range(5)]
+    runner.run_missing(functools.partial(work, 1.0), trials[:3], lambda trial: 3, results, jobs=2)
+    runner.run_missing(functools.partial(work, 2.0), trials, lambda trial: 3, results, jobs=1)
+    rows = results.read()
+    assert sorted((int(row["seed"]), float(row["value"])) for row in rows if row["sparsity"] == "0.0") == [
+        (0, 1.0),
+        (1, 1.0),
+        (2, 1.0),
+        (3, 2.0),
+        (4, 2.0),
+    ]
+    assert "3 of 5 runs are in" in capfd.readouterr().out
+    results.append([dict(row) for row in rows if row["seed"] == "1"])  # by another command, meanwhile
+    assert len(results.read()) == 10
+
+
+def test_a_file_of_other_columns_is_refused_and_left_alone(tmp_path):
+    path = tmp_path / "r.csv"
+    path.write_text("a,b\n1,2\n")
+    with pytest.raises(ValueError, match="other columns"):
+        runner.Results(path, COLUMNS, KEY).append([dict.fromkeys(COLUMNS, "")])
+    assert path.read_text() == "a,b\n1,2\n"
+
+
+def test_a_failing_trial_ends_the_run_with_its_error():
+    with pytest.raises(ZeroDivisionError):
+        runner.run(fail, [1, 2], lambda trial: 1, jobs=1)
+
+
+def fail(trial, progress):
+    return [{"value": trial / 0}]
+
+
+def test_a_killed_benchmark_continues_where_it_stopped(tmp_path):
+    command = [sys.executable, "-m", "benchmarks", "vision", "--tasks", "digits_mlp", "--methods", "sgd,sgd+wcr"]
+    command += ["--seeds", "1", "--strengths", "3", "--share", "0.1", "--jobs", "1", "--output", str(tmp_path)]
+    table = tmp_path / "vision.csv"
+    process = subprocess.Popen(
+        command,
+        cwd=Path(__file__).parents[1],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    results = runner.Results(table, COLUMNS, KEY)
+    while not results.keys():
+        assert process.poll() is None, "ended before it could be killed"
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    kept = results.keys()
+    assert benchmarks(command[3:]) == 0
+    rows = results.read()
+    assert results.keys() > kept
+    apart = [tuple(row[name] for name in (*KEY, "sparsity", "scope", "recalibrated", "metric")) for row in rows]
+    assert len(apart) == len(set(apart))
+    assert {row["strength"] for row in rows if row["method"] == "sgd+wcr" and row["split"] == "validation"} == {
+        str(strength) for strength, _ in tuning.grid("sgd+wcr", 3)
+    }
+    assert (tmp_path / "vision.md").read_text().startswith("## digits_mlp")
+    assert all(
+        (tmp_path / name).stat().st_size for name in ("vision.json", "digits_mlp.png", "digits_mlp_tradeoff.png")
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--tasks", "nothing"], "there is no task 'nothing'"),
+        (["--methods", "sgd+nothing"], "there is no method"),
+        (["--seeds", "0"], "at least 1"),
+        (["--sparsities", "1.5"], r"lie in \[0, 1\]"),
+        (["--quick", "--full"], "not allowed with"),
+        (["--tasks", "language", "--methods", "sgd"], "no setting for the base"),
+    ],
+)
+def test_bad_arguments_say_what_is_wrong(arguments, said, capsys):
+    import re
+
+    with pytest.raises(SystemExit) as stopped:
+        suites.main("vision", arguments)
+    assert stopped.value.code == 2
+    assert re.search(said, capsys.readouterr().err)
+
+
+def test_ablations_run_end_to_end(tmp_path, monkeypatch):
+    few = {"How": [("flow", "wcr", ""), ("late", "wcr", "from=0.5")]}
+    monkeypatch.setattr(ablations, "VARIANTS", few)
+    page = tmp_path / "page.md"
+    page.write_text("<!-- table: ablations digits_mlp -->\n<!-- end -->\n")
+    arguments = ["--tasks", "digits_mlp", "--seeds", "1", "--strengths", "2", "--steps", "6", "--jobs", "1"]
+    assert ablations.main([*arguments, "--output", str(tmp_path), "--page", str(page)]) == 0
+    assert "| late | " in page.read_text()
+    assert "| SGD + WCR | " in page.read_text()
+
+
+def problem():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 6), nn.Tanh(), nn.Linear(6, 3))
+    x, y = torch.randn(16, 8), torch.randint(3, (16,))
+    return model, lambda: nn.functional.cross_entropy(model(x), y)
+
+
+def test_sharpness_is_the_largest_eigenvalue_of_the_hessian():
+    model, loss = problem()
+    weights = list(model.parameters())
+    gradient = torch.cat([g.flatten() for g in torch.autograd.grad(loss(), weights, create_graph=True)])
+    rows = [torch.autograd.grad(entry, weights, retain_graph=True) for entry in gradient]
+    hessian = torch.stack([torch.cat([part.flatten() for part in row]) for row in rows])
+    eigenvalues = torch.linalg.eigvalsh(hessian.double())
+    expected = eigenvalues[eigenvalues.abs().argmax()].item()
+    assert largest_eigenvalue(model, loss, iterations=200, tolerance=1e-6) == pytest.approx(expected, rel=1e-2)
+
+
+def test_in_loss_equals_a_term_in_the_loss():
+    results = []
+    for decoupled in (True, False):
+        model, loss = problem()
+        weights = [w for w in model.parameters() if w.ndim > 1]
+        optimizer = torch.optim.SGD(param_groups(model, weight_concentration=1e-3), lr=0.1, momentum=0.9)
+        if decoupled:
+            optimizer = InLoss(optimizer, ScaleFree(), 1e-3)
+        for _ in range(5):
+            optimizer.zero_grad()
+            value = loss()
+            if not decoupled:
+                value = value + 1e-3 * ScaleFree().value(moments(weights, smoothing=1e-8)).sum()
+            value.backward()
+            optimizer.step()
+        results.append([w.detach().clone() for w in weights])
+    torch.testing.assert_close(*results)
+
+
+def test_an_explicit_step_equals_the_flow_to_first_order():
+    errors = []
+    for strength in (1e-4, 1e-5):
+        after = []
+        for make in (
+            lambda base, s: WCR(base, s, form="scale_free"),
+            lambda base, s: ExplicitStep(base, ScaleFree(), s),
+        ):
+            model, _ = problem()
+            model.double()
+            before = model[0].weight.detach().clone()
+            optimizer = make(torch.optim.SGD(param_groups(model, weight_concentration=strength), lr=0.1), strength)
+            for p in model.parameters():
+                p.grad = torch.zeros_like(p)
+            optimizer.step()
+            after.append(model[0].weight.detach() - before)
+        errors.append(((after[0] - after[1]).norm() / after[0].norm()).item())
+    assert errors[0] < 2e-2
+    assert errors[1] < 0.2 * errors[0]
+
+
+def test_a_window_switches_the_penalty_on_and_off():
+    model, _ = problem()
+    optimizer = WCR(torch.optim.SGD(param_groups(model, weight_concentration=0.5), lr=0.1))
+    window = Window(optimizer, "weight_concentration", 8, 0.25, 0.75)
+    seen = []
+    for _ in range(8):
+        seen.append(optimizer.param_groups[0]["weight_concentration"])
+        window.step()
+    assert seen == [0.0, 0.0, 0.5, 0.5, 0.5, 0.5, 0.0, 0.0]
+    assert optimizer.param_groups[1]["weight_concentration"] == 0.0
+
+
+def test_gradual_pruning_follows_its_cubic_path():
+    model = nn.Linear(100, 100)
+    gradual = GradualPruning(model, 0.9, 400)
+    reached = []
+    for _ in range(400):
+        with torch.no_grad():
+            model.weight.add_(1e-3 * torch.randn(100, 100))
+        gradual.step()
+        reached.append((model.weight == 0).float().mean().item())
+    assert reached[299] == pytest.approx(0.9, abs=1e-4) == reached[-1]
+    assert reached[149] == pytest.approx(0.9 * (1 - 0.5**3), abs=0.01)
+    assert all(b >= a - 1e-6 for a, b in itertools.pairwise(reached))
+
+
+def test_quantized_rounds_each_channel_for_the_block_only():
+    model = nn.Linear(16, 4)
+    before = model.weight.detach().clone()
+    masks = pruning.magnitude_masks(model, 0.5)
+    with torch.no_grad(), pruning.applied(model, masks), quantized(model, masks, True):
+        pruned = before * masks["weight"]
+        step = pruned.abs().amax(1, keepdim=True) / 127
+        assert ((model.weight - pruned).abs() <= step / 2 + 1e-8).all()
+        assert torch.equal(model.weight == 0, (pruned / step).round() == 0)
+    assert torch.equal(model.weight, before)
+
+
+def test_moved_keeps_the_nesting():
+    data = {"x": torch.ones(2), "y": (torch.zeros(1), [torch.ones(1)])}
+    assert str(moved(data, "cpu")) == str(data)
+
+
+def test_every_task_can_be_named():
+    assert {"digits_mlp", "digits_cnn", "language"} <= set(tasks.names())
+    with pytest.raises(ValueError, match="there is no task 'x'; choose one of"):
+        tasks.task("x")

@@ -1,0 +1,1 @@
+"""Callbacks for training frameworks, each a module of its own that imports its framework."""
