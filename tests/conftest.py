@@ -1,10 +1,6 @@
-import os
-
-# Before anything imports Triton, which reads it once: without a GPU its kernels run in the interpreter.
-os.environ.setdefault("TRITON_INTERPRET", "1")
-
 import pytest
 import torch
+import triton_interpreter  # noqa: F401  (before anything imports Triton, which reads its variable once)
 
 
 @pytest.fixture(autouse=True)

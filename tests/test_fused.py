@@ -24,16 +24,8 @@ def backend_params():
 
 
 @pytest.fixture(params=backend_params())
-def backend(request, monkeypatch):
-    monkeypatch.setattr(compiled, "LARGE", 1)  # so that small layers are compiled too
+def backend(request):
     return request.param
-
-
-@pytest.fixture
-def narrow_backend(backend):
-    if backend == "compiled":
-        pytest.skip("the compiled kernel is for float32; narrower weights are shrunk, then updated")
-    return backend
 
 
 @pytest.fixture
@@ -59,9 +51,8 @@ def gradients(net, opt, step):
 
 
 def make(cls, net, backend, **options):
-    opt = cls(net.parameters(), **{"lr": 0.01, "weight_concentration": 0.1, "fused": True} | options)
-    opt.backend = backend
-    return opt
+    defaults = {"lr": 0.01, "weight_concentration": 0.1, "fused": True, "backend": backend}
+    return cls(net.parameters(), **defaults | options)
 
 
 def unfused(cls, net, **options):
@@ -339,8 +330,7 @@ def test_convolutions_in_any_memory_format(backend, memory_format):
     assert_close(*nets)
 
 
-def test_bf16_weights_shrink_as_float32s_do_where_plain_rounding_stands_still(narrow_backend):
-    backend = narrow_backend
+def test_bf16_weights_shrink_as_float32s_do_where_plain_rounding_stands_still(backend):
     device = DEVICE if backend == "triton" else "cpu"
     start = (torch.randn(100, 100, device=device) * 0.1).bfloat16()
     w = nn.Parameter(start.clone())
@@ -354,8 +344,7 @@ def test_bf16_weights_shrink_as_float32s_do_where_plain_rounding_stands_still(na
     assert torch.equal((start * (1 - 1e-3)).bfloat16(), start), "plain arithmetic would have left them untouched"
 
 
-def test_bf16_steps_stay_within_rounding_of_the_unfused_ones(net_of, narrow_backend):
-    backend = narrow_backend
+def test_bf16_steps_stay_within_rounding_of_the_unfused_ones(net_of, backend):
     nets = net_of(torch.bfloat16), net_of(torch.bfloat16)
     opts = make(AdamW, nets[0], backend), unfused(AdamW, nets[1])
     for net, opt in zip(nets, opts, strict=True):

@@ -33,6 +33,7 @@ class SGD(_DropIn):
     Args:
         weight_concentration: Strength of WCR; 0 is torch.optim.SGD, bit for bit (default: 0.0).
         form: "inverse_variance" or "scale_free", see `WCR` (default: "inverse_variance").
+        backend: How moments and shrink are computed, see `WCR` (default: "auto").
     """
 
     def __init__(
@@ -50,6 +51,7 @@ class SGD(_DropIn):
         fused: bool | None = None,
         weight_concentration: float | Tensor = 0.0,
         form: str = "inverse_variance",
+        backend: str = "auto",
     ) -> None:
         base = (FusedSGD if fused else torch.optim.SGD)(
             params,
@@ -63,7 +65,7 @@ class SGD(_DropIn):
             differentiable=differentiable,
             fused=fused,
         )
-        super().__init__(base, weight_concentration, form)
+        super().__init__(base, weight_concentration, form, backend=backend)
 
 
 class AdamW(_DropIn):
@@ -75,6 +77,7 @@ class AdamW(_DropIn):
     Args:
         weight_concentration: Strength of WCR; 0 is torch.optim.AdamW, bit for bit (default: 0.0).
         form: "inverse_variance" or "scale_free", see `WCR` (default: "inverse_variance").
+        backend: How moments and shrink are computed, see `WCR` (default: "auto").
     """
 
     def __init__(
@@ -93,6 +96,7 @@ class AdamW(_DropIn):
         fused: bool | None = None,
         weight_concentration: float | Tensor = 0.0,
         form: str = "inverse_variance",
+        backend: str = "auto",
     ) -> None:
         base = (FusedAdamW if fused else torch.optim.AdamW)(
             params,
@@ -107,4 +111,4 @@ class AdamW(_DropIn):
             differentiable=differentiable,
             fused=fused,
         )
-        super().__init__(base, weight_concentration, form)
+        super().__init__(base, weight_concentration, form, backend=backend)

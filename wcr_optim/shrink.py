@@ -105,14 +105,21 @@ def shrink_piece_(piece: Tensor, gain: Any, threshold: Any, buffer: Tensor | Non
     """`shrink_` of a piece of a layer, given numbers or tensors of shape ()."""
     dtype = compute_dtype(piece)
     w = piece if piece.dtype == dtype else piece.to(dtype)
-    if not (isinstance(threshold, float) and threshold == 0.0):
-        out = None if buffer is None else shaped(buffer, w)
-        # |w| - threshold beyond the threshold, exactly zero within it
-        w.sub_(torch.clamp(w, -threshold, threshold, out=out))
-    if not (isinstance(gain, float) and gain == 1.0):
+    if isinstance(threshold, float) and threshold == 0.0:
         w.mul_(gain)
+    elif isinstance(gain, float) and gain == 1.0:
+        w.sub_(_clamped(w, threshold, buffer))
+    else:
+        # The last of three operations is the only one that writes into memory.
+        clamped = _clamped(w, threshold, buffer)
+        torch.mul(torch.sub(w, clamped, out=clamped), gain, out=w)
     if w is not piece:
         piece.copy_(round_to(w, piece.dtype, noise, piece))
+
+
+def _clamped(w: Tensor, threshold: Any, buffer: Tensor | None) -> Tensor:
+    """Return what w loses: w less this is |w| - threshold beyond the threshold, and exactly zero within it."""
+    return torch.clamp(w, -threshold, threshold, out=None if buffer is None else shaped(buffer, w))
 
 
 def _shrink_packed(layers: Sequence[Tensor], gain: Tensor, threshold: Tensor, noise: Noise | None) -> None:
