@@ -305,7 +305,7 @@ class OptimizerWrapper(Optimizer):
     def _check_group(self, group: Mapping[str, Any], index: int) -> None:
         """Raise if a group is empty or one of the wrapper's options in it has a bad value."""
         params = group["params"]
-        if not isinstance(params, Tensor) and not len(params):
+        if not isinstance(params, Tensor) and not len(params) and not _is_one_of_several():
             raise ValueError(f"param_groups[{index}] has no parameters; leave the group out")
 
     def _filled_groups(self) -> list[dict[str, Any]]:
@@ -325,3 +325,8 @@ class OptimizerWrapper(Optimizer):
 def _plain(value: Any) -> Any:
     """Turn a numpy scalar, as a search over np.logspace gives, into the number that a safe checkpoint can hold."""
     return value.item() if isinstance(value, np.generic) else value
+
+
+def _is_one_of_several() -> bool:
+    """Whether this process may have no part of a group, as under ZeroRedundancyOptimizer, that others have."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()

@@ -41,6 +41,18 @@ def check_base(name: str, base: Any) -> None:
         )
 
 
+def check_keeps_state(name: str, base: Any) -> None:
+    """Raise TypeError if the innermost optimizer keeps no state here that a checkpoint would hold."""
+    inner = base
+    while isinstance(inner, OptimizerWrapper):
+        inner = inner.base
+    if hasattr(inner, "consolidate_state_dict"):
+        raise TypeError(
+            f"{name} keeps a tensor per parameter in its base's state, and {type(inner).__name__} saves what its own "
+            f"optimizer keeps: shard with torch.distributed.fsdp.fully_shard instead, or use SAM, which keeps nothing"
+        )
+
+
 def check_model(name: str, model: Any) -> None:
     """Raise TypeError unless model is None or a module."""
     if model is not None and not isinstance(model, nn.Module):

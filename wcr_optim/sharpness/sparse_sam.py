@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from wcr_optim.layout import local
 from wcr_optim.pruning.threshold import keep_masks, pruned_count
-from wcr_optim.sharpness.checks import check_count, check_share, refuse_complex
+from wcr_optim.sharpness.checks import check_count, check_keeps_state, check_share, refuse_complex
 from wcr_optim.sharpness.guards import RunningStatistics
 from wcr_optim.sharpness.slots import Slot
 from wcr_optim.sharpness.two_pass import TwoPass
@@ -73,7 +73,8 @@ class SparseSAM(TwoPass):
         scaler: As in `SAM` (default: None).
 
     Raises:
-        TypeError: As `SAM`, or if a parameter of a Fisher mask is complex.
+        TypeError: As `SAM`, if a parameter of a Fisher mask is complex, or base keeps its state elsewhere
+            (ZeroRedundancyOptimizer).
         ValueError: As `SAM`, if a share lies outside [0, 1], a count is below 1, or mask is unknown.
         RuntimeError: As `SAM`.
 
@@ -110,6 +111,7 @@ class SparseSAM(TwoPass):
         self._masks = Slot("sparse_sam_mask")
         self._fisher = Slot("sparse_sam_fisher")
         self._prepared: int | None = None  # the step that masks are ready for
+        check_keeps_state(type(self).__name__, base)
         super().__init__(base, rho=rho, model=model, same_dropout=same_dropout, scaler=scaler, progress={MADE: False})
 
     def update_mask(self, losses: Iterable[Tensor]) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from wcr_optim.sharpness.checks import ClosureWatch, check_base, check_rho, gradients, with_gradient
+from wcr_optim.sharpness.checks import ClosureWatch, check_base, check_keeps_state, check_rho, gradients, with_gradient
 from wcr_optim.sharpness.guards import stamp
 from wcr_optim.sharpness.memory import copy_, exchange_, exchange_back_, global_norm, norms, scale_
 from wcr_optim.sharpness.slots import Slot
@@ -69,8 +69,8 @@ class SSAM(OptimizerWrapper):
         rho: Length of the perturbation, in units of a weight; also the key in the groups (default: 0.05).
 
     Raises:
-        TypeError: If base is no optimizer instance or runs its closure itself (LBFGS), rho is no number, or a gradient
-            is sparse.
+        TypeError: If base is no optimizer instance, runs its closure itself (LBFGS) or keeps its state elsewhere
+            (ZeroRedundancyOptimizer), rho is no number, or a gradient is sparse.
         ValueError: If a rho is negative, NaN or infinite, or the base has an option rho already.
 
     Source:
@@ -80,6 +80,7 @@ class SSAM(OptimizerWrapper):
 
     def __init__(self, base: Optimizer, rho: float = 0.05) -> None:
         check_base(type(self).__name__, base)
+        check_keeps_state(type(self).__name__, base)
         self._kept = Slot("ssam")  # e where the true weights are in place, the true weights where they are not
         # Of perturbed weights, to notice that somebody else wrote them.
         self._stamps: dict[Tensor, tuple[int, int]] = {}
