@@ -86,7 +86,7 @@ def accuracy(model: nn.Module, split: Split) -> float:
     return 100 * (model(split.images.to(device)).argmax(1).cpu() == split.labels).double().mean().item()
 
 
-def _task(name: str, build: Callable[[], nn.Module], calibrated: bool, steps: int = 640) -> Task:
+def _task(name: str, build: Callable[[], nn.Module], calibrated: bool, steps: int = 640, adamw: float = 1e-3) -> Task:
     data = load()
 
     def model(seed: int) -> nn.Module:
@@ -105,6 +105,7 @@ def _task(name: str, build: Callable[[], nn.Module], calibrated: bool, steps: in
         evaluate=lambda network, split: accuracy(network, data[split]),
         calibration=(lambda: [data["train"].images]) if calibrated else None,
         goals=(0.9, 0.95, 0.97, 0.98),
+        lr={"sgd": 0.1, "adamw": adamw},
         data="scikit-learn load_digits",
     )
 
@@ -112,5 +113,5 @@ def _task(name: str, build: Callable[[], nn.Module], calibrated: bool, steps: in
 TASKS: dict[str, Callable[[], Task]] = {
     "digits_mlp": lambda: _task("digits_mlp", mlp, calibrated=False),
     "digits_cnn": lambda: _task("digits_cnn", cnn, calibrated=True),
-    "digits_resnet": lambda: _task("digits_resnet", resnet, calibrated=True, steps=400),
+    "digits_resnet": lambda: _task("digits_resnet", resnet, calibrated=True, steps=400, adamw=4e-3),
 }

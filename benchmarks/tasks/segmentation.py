@@ -159,6 +159,7 @@ def _task(
         loss=lambda network, batch: cross_entropy(network(batch[0]), batch[1]),
         evaluate=evaluate,
         calibration=lambda: [data["train"].images[::10]],
+        lr={"sgd": 0.1, "adamw": 4e-3},
         data=source,
     )
 
