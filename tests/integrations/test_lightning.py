@@ -190,9 +190,10 @@ def test_skipped_steps_are_not_the_targets():
             loss = super().training_step(batch, batch_idx)
             return loss * math.inf if batch_idx == 2 else loss
 
-    callback = SparsityTargetCallback(0.5, 100)
+    callback = SparsityTargetCallback(0.5, 100, every=1)
     fit(Overflowing(driven), callback, precision="16-mixed")
     assert callback.target.steps == 2 * (BATCHES - 1)
+    assert all(math.isfinite(loss) for *_, loss in callback.target.history)
 
 
 class Saved(Callback):

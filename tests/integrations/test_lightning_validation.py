@@ -1,7 +1,6 @@
 """Validation of the pruned model: the same figures as by hand, and everything as it was afterwards."""
 
 import importlib
-import subprocess
 import sys
 
 import pytest
@@ -215,42 +214,6 @@ def test_bad_arguments():
         PrunedEvaluationCallback(())
     with pytest.raises(ValueError, match="scope"):
         PrunedEvaluationCallback((0.5,), scope="all")
-
-
-OTHER = """
-import torch
-import pytorch_lightning as pl
-from wcr_optim import SAM, WCR
-from wcr_optim.integrations.lightning import LIGHTNING, PrunedEvaluationCallback, SharpnessCallback
-from wcr_optim.integrations.lightning import SparsityTargetCallback
-
-assert LIGHTNING == "pytorch_lightning" and issubclass(SharpnessCallback, pl.Callback)
-
-class Net(pl.LightningModule):
-    def __init__(self):
-        super().__init__()
-        self.net = torch.nn.Linear(6, 3)
-    def training_step(self, batch, batch_idx):
-        return self.net(batch).square().mean()
-    def validation_step(self, batch, batch_idx):
-        self.log("val_loss", self.net(batch).square().mean())
-    def configure_optimizers(self):
-        return WCR(SAM(torch.optim.SGD(self.parameters(), lr=0.1)), form="scale_free")
-
-target = SparsityTargetCallback(0.5, 100)
-trainer = pl.Trainer(accelerator="cpu", max_epochs=1, logger=False, enable_checkpointing=False,
-    enable_progress_bar=False, enable_model_summary=False, accumulate_grad_batches=2,
-    callbacks=[SharpnessCallback(), PrunedEvaluationCallback((0.5,)), target])
-batches = torch.utils.data.DataLoader([torch.randn(4, 6) for _ in range(4)], batch_size=None)
-trainer.fit(Net(), batches, batches)
-assert target.target.steps == 2 and "val_loss_at_0.5" in trainer.callback_metrics
-"""
-
-
-def test_the_other_package():
-    """pytorch_lightning has classes of its own."""
-    pytest.importorskip("pytorch_lightning")
-    subprocess.run([sys.executable, "-c", OTHER], check=True, timeout=300)
 
 
 def test_without_lightning(monkeypatch):

@@ -72,7 +72,7 @@ class SparsityTargetCallback(Callback):
         self._loaded: dict[str, Any] | None = None
         self._loss: float | Tensor = 0.0
         self._batches = 0
-        self._steps = 0
+        self._steps = self._global_step = 0
         self._logged = 0
         self._hook: Any = None
 
@@ -90,7 +90,7 @@ class SparsityTargetCallback(Callback):
         if self._loaded is not None:
             self.target.load_state_dict(self._loaded)
             self._loaded = None
-        self._steps = 0
+        self._steps, self._global_step = 0, trainer.global_step
         self._logged = len(self.target.history)
         self._hook = optimizer.register_step_post_hook(self._note_step)
 
@@ -107,10 +107,11 @@ class SparsityTargetCallback(Callback):
             # Of accumulated batches Lightning gives each one's share of the mean, in manual optimization the loss.
             self._loss = self._loss + loss.detach()
             self._batches += 1
-        if not self._steps:
-            return
+        if trainer.global_step == self._global_step:
+            return  # an accumulation under way
+        self._global_step = trainer.global_step
         mean = self._loss if pl_module.automatic_optimization else self._loss / max(self._batches, 1)
-        for _ in range(self._steps):
+        for _ in range(self._steps):  # none where an overflow had the step skipped
             self.target.step(mean if self._batches else None)
         self._steps, self._loss, self._batches = 0, 0.0, 0
         if len(self.target.history) > self._logged:
