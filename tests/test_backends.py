@@ -10,6 +10,7 @@ import torch
 from reference import make_closure, plain_moments, plain_shrink, small_net, train
 from torch import nn
 
+from benchmarks.overhead import peak_of
 from wcr_optim import WCR, HoyerDecay, L1Decay, L2Decay, backends, compiled, penalties
 from wcr_optim.moments import CHUNK, SMALL, counts, foreach_sums, moments
 from wcr_optim.shrink import NARROW_CHUNK, shrink_
@@ -325,18 +326,6 @@ else:
 # --- memory ----------------------------------------------------------------------------------------------------------
 
 
-def peak_of(step):
-    """Bytes that a step holds at most beyond what was there before."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        step()
-    held = most = 0
-    for event in profile.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            held += event.nbytes()
-            most = max(most, held)
-    return most
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", ["scale_free", "l1"])
 def test_at_most_4_mebibytes_of_extra_memory(backend, dtype, name):
@@ -347,7 +336,7 @@ def test_at_most_4_mebibytes_of_extra_memory(backend, dtype, name):
     base = torch.optim.SGD(weights, lr=1e-3, fused=True)
     opt = WRAPPERS[name](base, backend=backend)
     opt.step()
-    assert peak_of(opt.step) - peak_of(base.step) <= 4 * 2**20
+    assert peak_of(opt.step, "cpu") - peak_of(base.step, "cpu") <= 4 * 2**20
 
 
 # --- torch.compile of the whole step ---------------------------------------------------------------------------------

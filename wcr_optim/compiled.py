@@ -1,7 +1,7 @@
 """The CPU's compiled kernels: moments, shrink and fused steps of all layers in one call each, see native.cpp.
 
-torch.compile's own kernels of the same passes take a third longer in memory and some 50 us to call, once for every
-layer; docs/speed.md has the comparison.
+torch.compile's kernels of the same passes take longer in memory and some 30 us to call, once for every layer;
+docs/speed.md has the comparison.
 """
 
 from __future__ import annotations
