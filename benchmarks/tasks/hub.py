@@ -1,0 +1,127 @@
+"""Real data sets through Hugging Face `datasets`: from a local folder where it is there, from the hub otherwise."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from datasets import Dataset, DatasetDict
+
+FOLDER = "WCR_OPTIM_DATA"
+"""Environment variable: the folder that holds one folder for each local data set."""
+
+SPLITS = {"validation": ("validation", "valid", "val", "dev"), "test": ("test",)}
+SHARE = 0.1  # of the training data, where there is no validation or no test
+
+
+def load(name: str, hub: str | None = None, config: str | None = None) -> DatasetDict:
+    """Load a data set and see to it that it has train, validation and test.
+
+    Taken is the folder of that name in $WCR_OPTIM_DATA, in any form that `datasets` reads: what `save_to_disk` wrote;
+    parquet, JSON, CSV or text files; images in a folder for each class, below one for each split. If there is none,
+    the hub is asked. A missing validation or test split is drawn from the training data, the same at every call.
+
+    Args:
+        name: Of the folder.
+        hub: Name on the hub; None if it is not there (default: None)
+        config: Of the data set on the hub (default: None)
+
+    Returns:
+        The splits train, validation and test.
+
+    Raises:
+        ImportError: If `datasets` is not installed.
+        FileNotFoundError: If the data set is neither in the folder nor can be had from the hub. The message says how
+            to get it.
+        ValueError: If it has no training data.
+
+    """
+    datasets = imported()
+    path = local(name)
+    if path is not None:
+        saved = any((path / file).exists() for file in ("dataset_dict.json", "state.json"))
+        found = datasets.load_from_disk(str(path)) if saved else datasets.load_dataset(str(path))
+    elif hub is None:
+        raise FileNotFoundError(f"task {name} reads a folder of your own: {wanted(name)}")
+    else:
+        try:
+            found = datasets.load_dataset(hub, config)
+        except (OSError, RuntimeError) as error:
+            arguments = f"{hub!r}, {config!r}" if config else f"{hub!r}"
+            raise FileNotFoundError(
+                f"data set {hub} could not be had from the hub ({error}); where there is a network run "
+                f"datasets.load_dataset({arguments}).save_to_disk({name!r}), and {wanted(name)}"
+            ) from error
+    if isinstance(found, datasets.Dataset):
+        found = datasets.DatasetDict(train=found)
+    return with_all_splits(found, path or hub)
+
+
+def imported() -> Any:
+    """Return the package `datasets`.
+
+    Raises:
+        ImportError: If it is not installed.
+
+    """
+    try:
+        import datasets
+    except ImportError as error:
+        raise ImportError("real data sets need the package datasets: pip install 'wcr_optim[hub]'") from error
+    return datasets
+
+
+def local(name: str) -> Path | None:
+    """Return the folder of a data set in $WCR_OPTIM_DATA, None if there is none."""
+    folder = os.environ.get(FOLDER)
+    path = Path(folder, name) if folder else None
+    return path if path is not None and path.is_dir() else None
+
+
+def wanted(name: str) -> str:
+    """Say in the imperative where a data set is looked for, and what is there."""
+    folder = os.environ.get(FOLDER)
+    if not folder:
+        return f"set {FOLDER} to the folder that holds {name}/ (it is not set)"
+    return f"put {name}/ into {FOLDER}={folder} (no such folder there)"
+
+
+def column(rows: Dataset, *names: str) -> str:
+    """Return the first of some column names that a data set has.
+
+    Raises:
+        ValueError: If it has none of them.
+
+    """
+    for name in names:
+        if name in rows.column_names:
+            return name
+    raise ValueError(f"the data set has none of the columns {', '.join(names)}; it has {', '.join(rows.column_names)}")
+
+
+def with_all_splits(found: Mapping[str, Dataset], where: object) -> DatasetDict:
+    """Return train, validation and test, of which the latter two are drawn from train if they are not there.
+
+    Args:
+        found: Data sets by split.
+        where: What to call it in an error.
+
+    Raises:
+        ValueError: If there is no train.
+
+    """
+    datasets = imported()
+    if "train" not in found:
+        raise ValueError(f"{where} has no split called train; it has {', '.join(found)}")
+    splits = {"train": found["train"]}
+    for split, names in SPLITS.items():
+        held = next((name for name in names if name in found), None)
+        if held is None:
+            parts = splits["train"].train_test_split(test_size=SHARE, seed=0)
+            splits["train"], splits[split] = parts["train"], parts["test"]
+        else:
+            splits[split] = found[held]
+    return datasets.DatasetDict(splits)

@@ -1,0 +1,360 @@
+"""Tasks on real data, with small files made here: folders of images, parquet, JSON, a saved model and its tokenizer."""
+
+import json
+import math
+from dataclasses import replace
+
+import datasets
+import huggingface_hub
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from benchmarks import tasks
+from benchmarks.tasks import hub, images, instructions, masks
+from wcr_optim import AdamW, param_groups, pruning
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """Return a folder for data sets; what is prepared of them goes beside it, and the hub is out of reach."""
+    monkeypatch.setenv(hub.FOLDER, str(tmp_path / "data"))
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    datasets.disable_progress_bars()
+    path = tmp_path / "data"
+    path.mkdir()
+    return path
+
+
+def noise(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+def picture(path, pixels) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.asarray(pixels, dtype=np.uint8)).save(path)
+
+
+class TestHub:
+    @pytest.mark.parametrize("form", ["saved", "parquet", "json"])
+    def test_forms_of_a_folder(self, form, folder):
+        rows = datasets.Dataset.from_dict({"x": list(range(50))})
+        if form == "saved":
+            datasets.DatasetDict(train=rows).save_to_disk(folder / "some")
+        else:
+            (folder / "some").mkdir()
+            path = str(folder / "some" / f"train.{form}")
+            rows.to_parquet(path) if form == "parquet" else rows.to_json(path)
+        found = hub.load("some")
+        assert [len(found[split]) for split in ("train", "validation", "test")] == [40, 5, 5]
+        assert sorted(x for part in found.values() for x in part["x"]) == list(range(50))
+        again = hub.load("some")
+        assert all(found[split]["x"] == again[split]["x"] for split in found)
+
+    def test_splits_that_are_there_stay_as_they_are(self, folder):
+        rows = datasets.Dataset.from_dict({"x": list(range(20))})
+        parts = {"train": rows, "valid": rows.select([3]), "test": rows.select([5])}
+        datasets.DatasetDict(parts).save_to_disk(folder / "some")
+        found = hub.load("some")
+        assert {split: len(part) for split, part in found.items()} == {"train": 20, "validation": 1, "test": 1}
+        assert found["validation"]["x"][:] == [3]
+
+    def test_what_is_missing_is_named(self, folder, monkeypatch):
+        with pytest.raises(FileNotFoundError, match=f"of your own: put mine/ into {hub.FOLDER}={folder}"):
+            hub.load("mine")
+        with pytest.raises(FileNotFoundError, match=r"load_dataset\('who/what', 'small'\).save_to_disk\('some'\)"):
+            hub.load("some", "who/what", "small")
+        datasets.DatasetDict(test=datasets.Dataset.from_dict({"x": [1]})).save_to_disk(folder / "some")
+        with pytest.raises(ValueError, match="no split called train; it has test"):
+            hub.load("some")
+        monkeypatch.delenv(hub.FOLDER)
+        with pytest.raises(FileNotFoundError, match=f"set {hub.FOLDER} to the folder that holds mine/"):
+            hub.load("mine")
+
+    def test_columns_are_named(self):
+        rows = datasets.Dataset.from_dict({"a": [1], "b": [2]})
+        assert hub.column(rows, "c", "b", "a") == "b"
+        with pytest.raises(ValueError, match="none of the columns c, d; it has a, b"):
+            hub.column(rows, "c", "d")
+
+
+def trained(task, steps: int, lr: float):
+    network = task.model(0)
+    optimizer = AdamW(param_groups(network, exclude=task.exclude), lr=lr, weight_concentration=1e-3)
+    network.train()
+    for batch in task.batches(0, steps, 1):
+        optimizer.zero_grad()
+        loss = task.loss(network, batch)
+        loss.backward()
+        optimizer.step()
+    return network.eval(), loss.item()
+
+
+class TestImages:
+    def test_a_folder_of_classes_is_learned(self, folder):
+        """Two classes, dark and light, in pictures of different sizes and modes."""
+        for split, count in (("train", 20), ("test", 6)):
+            for k in range(count):
+                light = k % 2
+                pixels = noise(20 + k, 30, 3, seed=k) // 4 + 150 * light
+                picture(folder / "images" / split / ("light" if light else "dark") / f"{k}.png", pixels)
+        picture(folder / "images" / "train" / "dark" / "gray.png", noise(64, 64) // 4)
+        source = next(source for source in images.SOURCES if source.name == "images")
+        task = images._task(replace(source, side=16), "resnet20")
+        batch, labels = next(task.batches(0, 1, 1))
+        assert batch.shape[1:] == (3, 16, 16)
+        assert batch.dtype == torch.float32
+        assert set(labels.tolist()) == {0, 1}
+        network, _ = trained(task, 8, 3e-3)
+        found = pruning.sweep(
+            network, lambda n: task.evaluate(n, "test"), [0.0, 0.5], calibration=task.calibration(), progress=False
+        )
+        assert found.values()[0] == 100
+
+    @pytest.mark.parametrize("name", ["cifar100_resnet20", "cifar100_vit"])
+    def test_a_data_set_as_on_the_hub(self, name, folder):
+        rows = {
+            "img": [Image.fromarray(noise(32, 32, 3, seed=k)) for k in range(30)],
+            "fine_label": [k % 5 for k in range(30)],
+            "coarse_label": [0] * 30,
+        }
+        data = datasets.Dataset.from_dict(rows).cast_column("img", datasets.Image())
+        (folder / "cifar100").mkdir()
+        data.to_parquet(str(folder / "cifar100" / "train-00000-of-00001.parquet"))
+        data.to_parquet(str(folder / "cifar100" / "test-00000-of-00001.parquet"))
+        task = tasks.task.__wrapped__(name)
+        assert task.steps == images.EPOCHS
+        network, loss = trained(task, 2, 1e-3)
+        assert network(next(task.batches(0, 1, 1))[0]).shape[1] == 5
+        assert math.isfinite(loss)
+        assert 0 <= task.evaluate(network, "test") <= 100
+
+    def test_unknown_labels_are_named(self, folder):
+        for split, labels in (("train", [0, 1] * 10), ("test", [0, 2])):
+            pictures = [Image.fromarray(noise(32, 32, 3)) for _ in labels]
+            data = datasets.Dataset.from_dict({"img": pictures, "label": labels})
+            (folder / "cifar10").mkdir(exist_ok=True)
+            data.cast_column("img", datasets.Image()).to_parquet(str(folder / "cifar10" / f"{split}.parquet"))
+        with pytest.raises(ValueError, match=r"labels of cifar10 test must lie in \[0, 1\] as in train, got \[0, 2\]"):
+            images.load(images.SOURCES[0])
+
+    @pytest.mark.parametrize("mirrored", [True, False])
+    def test_shifts_are_those_of_a_loop(self, mirrored):
+        pictures = torch.randint(1, 256, (6, 3, 16, 16), dtype=torch.uint8)
+        found = images.shifted(pictures, torch.Generator().manual_seed(1), mirrored=mirrored)
+        generator = torch.Generator().manual_seed(1)
+        top, left = torch.randint(5, (2, 6, 1, 1), generator=generator).flatten(1).tolist()
+        mirror = torch.randint(2, (6, 1, 1), generator=generator).flatten().tolist() if mirrored else [0] * 6
+        for k, image in enumerate(pictures):
+            padded = torch.zeros(3, 20, 20, dtype=torch.uint8)
+            padded[:, 2:18, 2:18] = image
+            wanted = padded[:, top[k] : top[k] + 16, left[k] : left[k] + 16]
+            assert torch.equal(found[k], wanted.flip(-1) if mirror[k] else wanted)
+
+    def test_training_images_are_normalized(self, folder):
+        some = {"train": images.Split(torch.randint(256, (64, 3, 8, 8)).byte(), torch.zeros(64, dtype=torch.long))}
+        train = some["train"].images.double()
+        mean, deviation = (x.float().view(3, 1, 1) for x in (train.mean((0, 2, 3)), train.std((0, 2, 3))))
+        normal = images.Images(some, 1, mean, deviation).normalized(some["train"].images)
+        torch.testing.assert_close(normal.mean((0, 2, 3)), torch.zeros(3), atol=1e-4, rtol=0)
+        torch.testing.assert_close(normal.std((0, 2, 3)), torch.ones(3), atol=1e-4, rtol=0)
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Make the masks' images and the network small, so that a step takes no time."""
+    monkeypatch.setattr(masks, "SIDE", 32)
+    monkeypatch.setattr(masks, "WIDTHS", (8, 16, 32))
+
+
+class TestMasks:
+    def paint(self, folder, count, values=(0, 255), size=(40, 48)):
+        for k in range(count):
+            mask = np.zeros(size, dtype=np.uint8)
+            for place, value in enumerate(values):
+                mask[:, place * size[1] // len(values) :] = value
+            picture(folder / "masks" / f"{k}.png", mask)
+            picture(folder / "images" / f"{k}.jpg", np.stack([mask] * 3, -1))
+
+    @pytest.mark.usefixtures("small")
+    @pytest.mark.parametrize("split", [True, False])
+    def test_two_values_are_background_and_foreground(self, split, folder):
+        if split:
+            for name in ("train", "val", "test"):
+                self.paint(folder / "masks" / name, 10)
+        else:
+            self.paint(folder / "masks", 12)
+        task = masks.TASKS["masks"]()
+        batch, labels = next(task.batches(0, 1, 1))
+        assert batch.shape[1:] == (3, 32, 32)
+        assert labels.unique().tolist() == [0, 1]
+        network, _ = trained(task, 12, 3e-3)
+        network.train()  # batch statistics: the running ones have seen too few batches
+        assert task.evaluate(network, "test")["dice"] > 90
+
+    @pytest.mark.usefixtures("small")
+    def test_more_values_are_classes(self, folder):
+        self.paint(folder / "masks", 10, (0, 1, 2))
+        assert masks.load().classes == 3
+        for part in masks.load().splits.values():
+            assert part.labels.unique().tolist() == [0, 1, 2]
+
+    @pytest.mark.usefixtures("small")
+    def test_columns_image_and_mask(self, folder):
+        rows = {
+            "image": [Image.fromarray(noise(32, 32, 3, seed=k)) for k in range(20)],
+            "mask": [Image.fromarray(np.full((32, 32), k % 2, dtype=np.uint8)) for k in range(20)],
+        }
+        data = datasets.Dataset.from_dict(rows)
+        for name in rows:
+            data = data.cast_column(name, datasets.Image())
+        data.save_to_disk(folder / "masks")
+        assert {name: len(part.images) for name, part in masks.load().splits.items()} == {
+            "train": 16,
+            "validation": 2,
+            "test": 2,
+        }
+
+    @pytest.mark.usefixtures("small")
+    def test_what_does_not_fit_is_named(self, folder):
+        with pytest.raises(FileNotFoundError, match="of your own: put masks/ into"):
+            masks.load()
+        self.paint(folder / "masks", 3)
+        (folder / "masks" / "masks" / "1.png").unlink()
+        with pytest.raises(ValueError, match="1 names are in only one of them, the first '1'"):
+            masks.load()
+        self.paint(folder / "masks", 3)
+        picture(folder / "masks" / "masks" / "1.png", noise(10, 10) // 128)
+        with pytest.raises(ValueError, match=r"an image of \(48, 40\) pixels has a mask of \(10, 10\)"):
+            masks.load()
+
+    @pytest.mark.usefixtures("small")
+    def test_classes_that_training_never_saw_are_named(self, folder):
+        self.paint(folder / "masks" / "train", 6, (0, 1, 2))
+        self.paint(folder / "masks" / "test", 2, (0, 1, 7))
+        with pytest.raises(ValueError, match="masks of test have class 7, those of train only 0 to 2"):
+            masks.load()
+
+
+@pytest.fixture
+def model(tmp_path, monkeypatch):
+    """Save a Llama of 20 k parameters and a tokenizer of bytes, and name them as the model to fine-tune."""
+    alphabet = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "</s>"]
+    bytes_only = Tokenizer(models.BPE(vocab={symbol: k for k, symbol in enumerate(alphabet)}, merges=[]))
+    bytes_only.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bytes_only.decoder = decoders.ByteLevel()
+    path = tmp_path / "model"
+    PreTrainedTokenizerFast(tokenizer_object=bytes_only, eos_token="</s>").save_pretrained(path)
+    config = LlamaConfig(
+        vocab_size=257, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2
+    )
+    LlamaForCausalLM(config).save_pretrained(path)
+    monkeypatch.setenv(instructions.MODEL, str(path))
+    return path
+
+
+def lines(path, rows) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+
+
+def questions(count: int) -> list[dict]:
+    """Make questions whose answer is the color that they name."""
+    colors = ["red", "green", "dark blue"]
+    return [
+        {
+            "question": f"{k}: what is {colors[k % 3]}?",
+            "choices": {"label": ["A", "B", "C"], "text": colors},
+            "answerKey": "ABC"[k % 3],
+        }
+        for k in range(count)
+    ]
+
+
+class TestInstructions:
+    def test_an_answer_is_learned(self, folder, model):
+        rows = [{"instruction": f"Say {k}.", "input": "loud" * (k % 2), "output": "yes, yes, yes"} for k in range(30)]
+        lines(folder / "instructions" / "train.jsonl", rows)
+        task = instructions.TASKS["instructions"]()
+        assert task.exclude == ("lm_head",)
+        assert torch.equal(*(next(task.batches(0, 1, 1))["input_ids"] for _ in range(2)))
+        before = task.evaluate(task.model(0).eval(), "validation")
+        network, _ = trained(task, 15, 1e-2)
+        after = task.evaluate(network, "validation")
+        assert before > 8
+        assert after < before / 2
+        assert after == task.evaluate(network, "validation")
+
+    def test_losses_are_those_of_rows_alone(self, model):
+        """Padding changes nothing, and neither the prompt nor its last token's prediction of itself counts."""
+        tokenizer = instructions.pretrained("AutoTokenizer")
+        network = instructions.pretrained("AutoModelForCausalLM").eval()
+        examples = [instructions.Example("Q: " + "x" * k, (" answer" * (4 - k),)) for k in range(4)]
+        rows = [instructions.encoded(tokenizer, example, 0) for example in examples]
+        found = instructions.answer_losses(network, rows, batch=4)
+        for row, example, value in zip(rows, examples, found.tolist(), strict=True):
+            text = example.prompt + example.answers[0]
+            assert bytes(tokenizer.decode(row.tokens), "utf-8") == bytes(text + "</s>", "utf-8")
+            assert row.size == len(example.answers[0])
+            with torch.no_grad():
+                odds = network(torch.tensor([row.tokens])).logits[0].log_softmax(-1)
+            start = len(example.prompt)
+            wanted = -sum(odds[k - 1, row.tokens[k]].item() for k in range(start, len(row.tokens)))
+            assert value == pytest.approx(wanted, rel=1e-5)
+        batch = instructions.collated(rows)
+        counted = sum(len(row.tokens) - row.prompt for row in rows)
+        assert instructions.loss(network, batch).item() == pytest.approx(found.sum().item() / counted, rel=1e-5)
+        assert instructions.bits_per_byte(network, rows) == pytest.approx(
+            found.sum().item() / math.log(2) / sum(row.size for row in rows)
+        )
+
+    def test_long_examples_are_cut(self, model):
+        tokenizer = instructions.pretrained("AutoTokenizer")
+        row = instructions.encoded(tokenizer, instructions.Example("p" * 600, ("a" * 600,)), 0)
+        assert len(row.tokens) == instructions.TOKENS
+        assert row.tokens[-1] == tokenizer.eos_token_id
+        assert row.prompt == instructions.TOKENS - instructions.TOKENS // 2 - 1
+
+    def test_accuracy_is_the_share_of_right_choices_of_a_loop(self, folder, model):
+        lines(folder / "commonsense" / "train.jsonl", questions(60))
+        task = instructions.TASKS["commonsense"]()
+        assert (task.metric, task.best) == ("accuracy", max)
+        network = task.model(0).eval()
+        tokenizer = instructions.pretrained("AutoTokenizer")
+        right = 0
+        examples = instructions.load("commonsense")["test"]
+        for example in examples:
+            per_byte = []
+            for k, answer in enumerate(example.answers):
+                row = instructions.encoded(tokenizer, example, k)
+                per_byte.append(instructions.answer_losses(network, [row]).item() / len(answer))
+            right += per_byte.index(min(per_byte)) == example.right
+        assert task.evaluate(network, "test") == pytest.approx(100 * right / len(examples))
+
+    def test_hidden_test_answers_make_validation_the_test(self, folder):
+        rows = questions(40)
+        lines(folder / "commonsense" / "train.jsonl", rows)
+        lines(folder / "commonsense" / "validation.jsonl", rows[:7])
+        lines(folder / "commonsense" / "test.jsonl", [row | {"answerKey": ""} for row in rows[:5]])
+        found = instructions.load("commonsense")
+        assert {split: len(part) for split, part in found.items()} == {"train": 36, "validation": 4, "test": 7}
+        assert [example.right for example in found["test"]] == [0, 1, 2, 0, 1, 2, 0]
+
+    def test_a_tied_output_layer_needs_no_exclusion(self, model):
+        config = LlamaConfig.from_pretrained(model)
+        config.tie_word_embeddings = True
+        LlamaForCausalLM(config).save_pretrained(model)
+        assert instructions.output_layer() == ()
+
+    def test_what_is_missing_is_named(self, folder, monkeypatch):
+        lines(folder / "instructions" / "train.jsonl", [{"prompt": "a", "output": "b"}] * 20)
+        with pytest.raises(ValueError, match="none of the columns instruction; it has prompt, output"):
+            instructions.load("instructions")
+        monkeypatch.setenv(instructions.MODEL, str(folder / "nowhere"))
+        with pytest.raises(FileNotFoundError, match=f"no model at .*nowhere.*; set {instructions.MODEL} to a folder"):
+            instructions.pretrained("AutoModelForCausalLM")
