@@ -384,6 +384,27 @@ def test_a_compiled_step_breaks_no_graph_and_compiles_no_more_as_lr_changes(name
 
 
 @jit_deprecated
+@needs_compiler
+@pytest.mark.parametrize("backend", ["auto", "compiled"])
+def test_a_compiled_step_of_a_large_model_breaks_no_graph_for_our_kernels(backend, monkeypatch):
+    monkeypatch.setattr(backends, "COMPILE_FROM", 100)
+    torch._dynamo.reset()
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    nets = small_net(torch.float64), small_net(torch.float64)
+    opts = [WCR(torch.optim.SGD(net.parameters(), lr=0.1), 1e-2, backend=backend) for net in nets]
+    compiled_step = torch.compile(lambda: opts[0].step(), backend="aot_eager")
+    for step in range(3):
+        for net, opt in zip(nets, opts, strict=True):
+            make_closure(net, opt, step)()
+        compiled_step()
+        opts[1].step()
+    assert all("torch._dynamo.graph_break()" in reason for reason in counters["graph_break"]), counters["graph_break"]
+    for a, b in zip(nets[0].parameters(), nets[1].parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
+
+
+@jit_deprecated
 def test_a_compiled_step_rounds_low_precision_weights_outside_of_the_graph():
     torch._dynamo.reset()
     nets = small_net(torch.bfloat16), small_net(torch.bfloat16)

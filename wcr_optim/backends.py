@@ -3,7 +3,7 @@
 | backend | where | what |
 |---|---|---|
 | "eager" | anywhere | torch's kernels, on the CPU over chunks that stay in cache |
-| "compiled" | CPU with a C++ compiler | two small functions through torch.compile: one read, one read and write |
+| "compiled" | CPU with a C++ compiler | all layers in one call: one read, one read and write |
 | "triton" | CUDA with Triton | all layers in one launch, nothing waits for the device |
 | "auto" | anywhere | "compiled" for large models on the CPU, else "eager" |
 
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 BACKENDS = ("auto", "eager", "compiled", "triton")
-# Compiling takes seconds, once per process, and saves about a third of a fused AdamW step: some 10 ms a step at this
+# Compiling takes a second or two, once per process, and saves about half a fused AdamW step: some 10 ms a step at this
 # many weights. Below it "auto" stays eager, so that nobody waits for a compiler to train a small network.
 COMPILE_FROM = 2**25
 
@@ -64,6 +64,8 @@ def check(backend: str) -> None:
 def check_available(backend: str, device: torch.device) -> None:
     """Raise ValueError if a backend that was asked for by name cannot run on a device."""
     check(backend)
+    if torch.compiler.is_compiling():
+        return  # no backend runs in a graph of torch.compile, and none can be looked for from there
     reason = {"compiled": _why_not_compiled, "triton": _why_not_triton}.get(backend, lambda _: None)(device)
     if reason is not None:
         raise ValueError(f"backend {backend!r} cannot run on {device.type} weights here: {reason}")
@@ -73,10 +75,12 @@ def choose(backend: str, device: torch.device, layers: Sequence[Tensor]) -> str:
     """Decide between "eager", "compiled" and "triton" for layers on one device."""
     if backend != "auto":
         return backend
-    if device.type == "cpu":
+    if device.type == "cpu" and not torch.compiler.is_compiling():
         large = sum([w.numel() for w in layers]) >= COMPILE_FROM
         return "compiled" if large and _why_not_compiled(device) is None else "eager"
-    return "eager"  # also on CUDA: Triton's kernels have run in its interpreter only, and wait for a first GPU
+    # A graph of torch.compile gets plain operations to fuse. On CUDA Triton's kernels have run in its interpreter only,
+    # and wait for a first GPU.
+    return "eager"
 
 
 def _why_not_compiled(device: torch.device) -> str | None:

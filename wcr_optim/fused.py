@@ -38,6 +38,17 @@ class Shrinks(NamedTuple):
     seed: int | Tensor | None
     backend: str
 
+    def of(self, layers: Sequence[Tensor], call: int) -> Shrinks:
+        """Return those of some of the layers, in their order, for the call of a kernel of its own."""
+        rows = [self.row[w] for w in layers]
+        return self._replace(
+            row={w: i for i, w in enumerate(layers)},
+            gain=select(self.gain, rows),
+            threshold=select(self.threshold, rows),
+            # Calls count their layers from 0, so each draws from a seed of its own.
+            seed=None if self.seed is None else self.seed + call * 2**32,
+        )
+
 
 class FusedUpdate(Optimizer):
     """Mixin before one of torch's optimizers: knows sums of weights, and takes shrinks along in its next step.
@@ -103,11 +114,7 @@ class FusedUpdate(Optimizer):
                 continue
             own = [[stream[i] for i in index] if stream else [] for stream in lists]
             layers = own[0]
-            rows = [shrinks.row[w] for w in layers]
-            gain, threshold = select(shrinks.gain, rows), select(shrinks.threshold, rows)
-            # Calls count their layers from 0, so each draws from a seed of its own.
-            seed = None if shrinks.seed is None else shrinks.seed + call * 2**32
-            sums = self._update(group, own, gain, threshold, seed, shrinks.backend)
+            sums = self._update(group, own, shrinks.of(layers, call))
             for w, row in zip(layers, sums.unbind(), strict=True):
                 part = local(w)
                 self._known[w] = Known(row, part._version, part.data_ptr())
@@ -120,15 +127,7 @@ class FusedUpdate(Optimizer):
         """Return what a layer's fused update reads and writes, or None where there is none."""
         raise NotImplementedError
 
-    def _update(
-        self,
-        group: dict[str, Any],
-        lists: list[list[Any]],
-        gain: Tensor,
-        threshold: Tensor,
-        seed: int | Tensor | None,
-        backend: str,
-    ) -> Tensor:
+    def _update(self, group: dict[str, Any], lists: list[list[Any]], shrinks: Shrinks) -> Tensor:
         """Shrink and update layers of a group, and return the sums of their new weights, shape (layers, 2)."""
         raise NotImplementedError
 
@@ -143,29 +142,22 @@ class FusedAdamW(FusedUpdate, torch.optim.AdamW):
             return None
         return [w, w.grad, state["exp_avg"], state["exp_avg_sq"]]
 
-    def _update(
-        self,
-        group: dict[str, Any],
-        lists: list[list[Any]],
-        gain: Tensor,
-        threshold: Tensor,
-        seed: int | Tensor | None,
-        backend: str,
-    ) -> Tensor:
+    def _update(self, group: dict[str, Any], lists: list[list[Any]], shrinks: Shrinks) -> Tensor:
         params, grads, means, squares, _, steps = lists
         torch._foreach_add_(steps, 1)
+        gain = shrinks.gain
         t = torch.stack(steps).to(gain.device, gain.dtype)
         beta1, beta2 = group["betas"]
         lr = group["lr"]
         decay = torch.ones_like(t) - lr * group["weight_decay"]
-        coefficients = [gain, threshold, decay, lr / (1 - beta1**t), (1 - beta2**t).rsqrt()]
-        return backends.implementation(backend).adamw_(
+        coefficients = [gain, shrinks.threshold, decay, lr / (1 - beta1**t), (1 - beta2**t).rsqrt()]
+        return backends.implementation(shrinks.backend).adamw_(
             [[local(x) for x in stream] for stream in (params, grads, means, squares)],
             torch.stack(coefficients, dim=1).float(),
             betas=group["betas"],
             eps=group["eps"],
             maximize=group["maximize"],
-            seed=seed,
+            seed=shrinks.seed,
         )
 
 
@@ -180,17 +172,9 @@ class FusedSGD(FusedUpdate, torch.optim.SGD):
         buffer = self.state.get(w, {}).get("momentum_buffer")
         return None if buffer is None else [w, w.grad, buffer]
 
-    def _update(
-        self,
-        group: dict[str, Any],
-        lists: list[list[Any]],
-        gain: Tensor,
-        threshold: Tensor,
-        seed: int | Tensor | None,
-        backend: str,
-    ) -> Tensor:
-        coefficients = [gain, threshold, torch.ones_like(gain) * group["lr"]]
-        return backends.implementation(backend).sgd_(
+    def _update(self, group: dict[str, Any], lists: list[list[Any]], shrinks: Shrinks) -> Tensor:
+        coefficients = [shrinks.gain, shrinks.threshold, torch.ones_like(shrinks.gain) * group["lr"]]
+        return backends.implementation(shrinks.backend).sgd_(
             [[local(x) for x in stream] for stream in lists if stream],
             torch.stack(coefficients, dim=1).float(),
             momentum=group["momentum"],
@@ -198,7 +182,7 @@ class FusedSGD(FusedUpdate, torch.optim.SGD):
             weight_decay=group["weight_decay"],
             nesterov=group["nesterov"],
             maximize=group["maximize"],
-            seed=seed,
+            seed=shrinks.seed,
         )
 
 

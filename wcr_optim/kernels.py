@@ -430,20 +430,8 @@ def adamw_(
         Sums of m = |w| and m^2 of the new weights, float64, shape (layers, 2).
 
     """
-    device = coefficients.device
-    live_seed = on_device(seed, device)
-    result = torch.zeros(len(streams[0]), 2, dtype=torch.float64, device=device)
-    with _on(device):
-        for launch in _launches(streams):
-            partial = launch.partial()
-            _adamw_kernel[(launch.programs,)](
-                *launch.place, launch.rows, coefficients, partial, launch.programs,
-                -1.0 if maximize else 1.0, 1 - betas[0], betas[1], 1 - betas[1], eps, live_seed,
-                STOCHASTIC=seed is not None and launch.dtype in NARROW, **launch.options,
-            )  # fmt: skip
-            launch.finish(partial, result)
-    _written(streams[0], *streams[2:])
-    return result
+    constants = (-1.0 if maximize else 1.0, 1 - betas[0], betas[1], 1 - betas[1], eps)
+    return _fused(_adamw_kernel, streams, coefficients, constants, seed)
 
 
 def sgd_(
@@ -473,17 +461,28 @@ def sgd_(
         Sums of m = |w| and m^2 of the new weights, float64, shape (layers, 2).
 
     """
+    constants = (-1.0 if maximize else 1.0, weight_decay, momentum, 1 - dampening)
+    return _fused(_sgd_kernel, streams, coefficients, constants, seed, NESTEROV=nesterov, MOMENTUM=momentum != 0)
+
+
+def _fused(
+    kernel: Any,
+    streams: Sequence[Sequence[Tensor]],
+    coefficients: Tensor,
+    constants: Sequence[float],
+    seed: int | Tensor | None,
+    **kind: bool,
+) -> Tensor:
+    """Run an optimizer's kernel over all layers and return the sums of the new weights, shape (layers, 2)."""
     device = coefficients.device
     live_seed = on_device(seed, device)
     result = torch.zeros(len(streams[0]), 2, dtype=torch.float64, device=device)
     with _on(device):
         for launch in _launches(streams):
             partial = launch.partial()
-            _sgd_kernel[(launch.programs,)](
-                *launch.place, launch.rows, coefficients, partial, launch.programs,
-                -1.0 if maximize else 1.0, weight_decay, momentum, 1 - dampening, live_seed,
-                NESTEROV=nesterov, MOMENTUM=momentum != 0,
-                STOCHASTIC=seed is not None and launch.dtype in NARROW, **launch.options,
+            kernel[(launch.programs,)](
+                *launch.place, launch.rows, coefficients, partial, launch.programs, *constants, live_seed,
+                STOCHASTIC=seed is not None and launch.dtype in NARROW, **kind, **launch.options,
             )  # fmt: skip
             launch.finish(partial, result)
     _written(streams[0], *streams[2:])
