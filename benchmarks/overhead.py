@@ -132,9 +132,13 @@ def rows(weights: Sequence[nn.Parameter], device: str) -> list[Row]:
         naive_(matrices, LR * STRENGTH)
         adamw.step()
 
+    def fused(optimizer: WCR, base: Optimizer) -> Callable[[], Any]:
+        optimizer.backend = kernels
+        return sharing(base, optimizer)
+
     kernels = "triton" if device == "cuda" else "compiled"
-    options: dict[str, Any] = {"lr": LR, "fused": True, "weight_concentration": STRENGTH, "backend": kernels}
-    base = "torch AdamW, fused"
+    options: dict[str, Any] = {"lr": LR, "fused": True, "weight_concentration": STRENGTH}
+    base, other = "torch AdamW, fused", "torch SGD, fused"
     return [
         Row(base, base, 7, adamw.step),
         Row("+ penalty in the loss", base, 11, in_loss),
@@ -143,15 +147,9 @@ def rows(weights: Sequence[nn.Parameter], device: str) -> list[Row]:
         Row(f"WCR(AdamW), {kernels}", base, 10, wcr(kernels)),
         Row("L1Decay(AdamW), eager", base, 9, l1("eager")),
         Row(f"L1Decay(AdamW), {kernels}", base, 9, l1(kernels)),
-        Row("AdamW(fused=True)", base, 7, sharing(adamw, AdamW(weights, **options)), repeats=2),
-        Row("torch SGD, fused", "torch SGD, fused", 5, sgd.step),
-        Row(
-            "SGD(fused=True)",
-            "torch SGD, fused",
-            5,
-            sharing(sgd, SGD(weights, momentum=0.9, **options)),
-            repeats=2,
-        ),
+        Row("AdamW(fused=True)", base, 7, fused(AdamW(weights, **options), adamw), repeats=2),
+        Row(other, other, 5, sgd.step),
+        Row("SGD(fused=True)", other, 5, fused(SGD(weights, momentum=0.9, **options), sgd), repeats=2),
     ]
 
 

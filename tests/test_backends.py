@@ -13,7 +13,7 @@ from torch import nn
 from benchmarks.overhead import peak_of
 from wcr_optim import WCR, HoyerDecay, L1Decay, L2Decay, backends, compiled, penalties
 from wcr_optim.moments import CHUNK, SMALL, counts, foreach_sums, moments
-from wcr_optim.shrink import NARROW_CHUNK, shrink_
+from wcr_optim.shrink import PIECE, shrink_
 
 needs_compiler = pytest.mark.skipif(compiled.why_not() is not None, reason=str(compiled.why_not()))
 WRAPPERS = {
@@ -108,7 +108,8 @@ SIZES = [
     BLOCK,
     BLOCK + 1,
     SMALL + 1,
-    NARROW_CHUNK + 1,
+    PIECE,
+    PIECE + 1,
     CHUNK,
     2 * CHUNK + 3,
 ]

@@ -51,8 +51,9 @@ def gradients(net, opt, step):
 
 
 def make(cls, net, backend, **options):
-    defaults = {"lr": 0.01, "weight_concentration": 0.1, "fused": True, "backend": backend}
-    return cls(net.parameters(), **defaults | options)
+    opt = cls(net.parameters(), **{"lr": 0.01, "weight_concentration": 0.1, "fused": True} | options)
+    opt.backend = backend
+    return opt
 
 
 def unfused(cls, net, **options):

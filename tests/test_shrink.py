@@ -20,7 +20,8 @@ def shrink(w, gain, threshold, **options):
 def test_equals_the_formula(dtype, shape):
     w = torch.randn(shape, dtype=dtype)
     expected = plain_shrink(w, 1.3, 0.2)
-    torch.testing.assert_close(shrink(w.clone(), 1.3, 0.2), expected, rtol=1e-6, atol=0)
+    rounding = torch.finfo(dtype).eps  # of the threshold: what is left of weights just beyond it is as uncertain
+    torch.testing.assert_close(shrink(w.clone(), 1.3, 0.2), expected, rtol=3 * rounding, atol=0.2 * rounding)
     assert w.numel() < 2 or (expected == 0).any()
 
 

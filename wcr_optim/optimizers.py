@@ -33,7 +33,6 @@ class SGD(_DropIn):
     Args:
         weight_concentration: Strength of WCR; 0 is torch.optim.SGD, bit for bit (default: 0.0).
         form: "inverse_variance" or "scale_free", see `WCR` (default: "inverse_variance").
-        backend: How moments and shrink are computed, see `WCR` (default: "auto").
     """
 
     def __init__(
@@ -51,7 +50,6 @@ class SGD(_DropIn):
         fused: bool | None = None,
         weight_concentration: float | Tensor = 0.0,
         form: str = "inverse_variance",
-        backend: str = "auto",
     ) -> None:
         base = (FusedSGD if fused else torch.optim.SGD)(
             params,
@@ -65,7 +63,7 @@ class SGD(_DropIn):
             differentiable=differentiable,
             fused=fused,
         )
-        super().__init__(base, weight_concentration, form, backend=backend)
+        super().__init__(base, weight_concentration, form)
 
 
 class AdamW(_DropIn):
@@ -77,7 +75,6 @@ class AdamW(_DropIn):
     Args:
         weight_concentration: Strength of WCR; 0 is torch.optim.AdamW, bit for bit (default: 0.0).
         form: "inverse_variance" or "scale_free", see `WCR` (default: "inverse_variance").
-        backend: How moments and shrink are computed, see `WCR` (default: "auto").
     """
 
     def __init__(
@@ -96,7 +93,6 @@ class AdamW(_DropIn):
         fused: bool | None = None,
         weight_concentration: float | Tensor = 0.0,
         form: str = "inverse_variance",
-        backend: str = "auto",
     ) -> None:
         base = (FusedAdamW if fused else torch.optim.AdamW)(
             params,
@@ -111,4 +107,4 @@ class AdamW(_DropIn):
             differentiable=differentiable,
             fused=fused,
         )
-        super().__init__(base, weight_concentration, form, backend=backend)
+        super().__init__(base, weight_concentration, form)

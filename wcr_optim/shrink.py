@@ -16,8 +16,8 @@ from wcr_optim.rounding import Noise, round_to, saturate, stochastic_round
 
 __all__ = ["eager_shrink_", "shrink_", "stochastic_round"]
 
-# Weights of less than 32 bits have float32 values, random bits and the pool of these beside them.
-NARROW_CHUNK = CHUNK // 2
+# A buffer lies beside a piece of a layer, and float32 values and random bits beside weights of less than 32 bits.
+PIECE = CHUNK // 2
 # Elsewhere than on the CPU there is no cache to fit, and a chunk only bounds the temporaries.
 DEVICE_CHUNK = 2**24
 
@@ -78,7 +78,7 @@ def eager_shrink_(parts: Sequence[Tensor], gain: Tensor, threshold: Tensor, nois
         else:
             (i,) = batch.layers
             buffer = chunk_buffer(parts[i], buffers)
-            for piece in pieces(parts[i], CHUNK if parts[i].element_size() >= 4 else NARROW_CHUNK):
+            for piece in pieces(parts[i], PIECE):
                 shrink_piece_(piece, *scalars[i], buffer, noise)
 
 
@@ -96,7 +96,7 @@ def make_noise(parts: Sequence[Tensor], seed: int | Tensor | None) -> Noise | No
     if seed is None or not narrow:
         return None
     device = parts[0].device
-    limit = NARROW_CHUNK if device.type == "cpu" else DEVICE_CHUNK
+    limit = PIECE if device.type == "cpu" else DEVICE_CHUNK
     # Small layers come packed together, so a request can be as large as all of them.
     return Noise(int(seed), min(limit, sum(narrow) + ROW * len(narrow)), device)
 
@@ -107,19 +107,16 @@ def shrink_piece_(piece: Tensor, gain: Any, threshold: Any, buffer: Tensor | Non
     w = piece if piece.dtype == dtype else piece.to(dtype)
     if isinstance(threshold, float) and threshold == 0.0:
         w.mul_(gain)
-    elif isinstance(gain, float) and gain == 1.0:
-        w.sub_(_clamped(w, threshold, buffer))
+    elif buffer is None or gain == 1.0:
+        # |w| - threshold beyond the threshold, and exactly zero within it
+        w.sub_(torch.clamp(w, -threshold, threshold, out=None if buffer is None else shaped(buffer, w)))
+        if buffer is None:
+            w.mul_(gain)
     else:
-        # The last of three operations is the only one that writes into memory.
-        clamped = _clamped(w, threshold, buffer)
-        torch.mul(torch.sub(w, clamped, out=clamped), gain, out=w)
+        # The same up to rounding in two operations, of which the second alone writes into memory.
+        torch.ops.aten.softshrink.out(torch.mul(w, gain, out=shaped(buffer, w)), gain * threshold, out=w)
     if w is not piece:
         piece.copy_(round_to(w, piece.dtype, noise, piece))
-
-
-def _clamped(w: Tensor, threshold: Any, buffer: Tensor | None) -> Tensor:
-    """Return what w loses: w less this is |w| - threshold beyond the threshold, and exactly zero within it."""
-    return torch.clamp(w, -threshold, threshold, out=None if buffer is None else shaped(buffer, w))
 
 
 def _shrink_packed(layers: Sequence[Tensor], gain: Tensor, threshold: Tensor, noise: Noise | None) -> None:

@@ -24,7 +24,8 @@ def _sharded_fused_steps_are_the_whole_unfused_ones(rank):
         fully_shard(layer, mesh=mesh)
     fully_shard(sharded, mesh=mesh)
     plain = AdamW(whole.parameters(), lr=0.01, weight_concentration=0.1)
-    opt = AdamW(sharded.parameters(), lr=0.01, weight_concentration=0.1, fused=True, backend="compiled")
+    opt = AdamW(sharded.parameters(), lr=0.01, weight_concentration=0.1, fused=True)
+    opt.backend = "compiled"
     for step in range(12):
         for net, optimizer, parts in ((whole, plain, 1), (sharded, opt, 2)):
             x, y = (part.tensor_split(parts)[rank % parts] for part in small_batch(step))
