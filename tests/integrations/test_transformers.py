@@ -1,6 +1,7 @@
 """Hugging Face's Trainer with the optimizers and callbacks of this package; the real one, nothing stands in for it."""
 
 import copy
+import importlib
 import json
 import math
 import os
@@ -192,6 +193,13 @@ class TestGroups:
         factory, options = grouped(wcr_optim.AdamW, lr=1e-3)
         with pytest.raises(RuntimeError, match="update it to version 5"):
             factory([{"params": list(network().parameters())}], **options)
+
+
+def test_without_transformers_the_extra_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    monkeypatch.delitem(sys.modules, "wcr_optim.integrations.transformers")
+    with pytest.raises(ImportError, match=r"pip install 'wcr_optim\[transformers\]'"):
+        importlib.import_module("wcr_optim.integrations.transformers")
 
 
 class TestSparsityTarget:
@@ -466,6 +474,26 @@ class TestSharpness:
         saved = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-5")
         assert all(torch.equal(p, seen[5][name]) for name, p in saved.named_parameters())
         assert not torch.equal(next(plain.parameters()), next(framed.parameters())), "perturbed between steps"
+
+    def test_ssam_ends_with_the_best_model(self, tmp_path):
+        model = network()
+        trainer = trainer_of(
+            tmp_path,
+            model,
+            WCR(SSAM(sgd(groups_of(model), lr=0.5))),
+            callbacks=[TrueWeightsCallback()],
+            eval_strategy="steps",
+            eval_steps=3,
+            save_strategy="steps",
+            save_steps=3,
+            load_best_model_at_end=True,
+        )
+        trainer.train()
+        losses = logged(trainer, "eval_loss")
+        assert trainer.state.best_global_step == 3 * (1 + losses.index(min(losses)))
+        best = transformers.AutoModelForCausalLM.from_pretrained(trainer.state.best_model_checkpoint)
+        assert_same(model, best)
+        assert trainer.evaluate()["eval_loss"] == min(losses)
 
     def test_ssam_resumes_from_either_kind_of_folder(self, tmp_path):
         def run(folder, callbacks, **resume):
