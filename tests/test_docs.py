@@ -1,7 +1,8 @@
 """The Python blocks of the documentation run as they stand, those of a page one after the other.
 
-A block that cannot run says why in a comment before it, `<!-- not run: reason -->`. What a page's blocks need and its
-reader need not see is in a comment too, between a line `<!-- setup` and a line `-->`.
+They find torch, nn and a small model. What else a page's blocks need and its reader need not see is in a comment,
+between a line `<!-- setup` and a line `-->`. A block that cannot run says why in a comment before it,
+`<!-- not run: reason -->`.
 """
 
 import re
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 import wcr_optim
 from wcr_optim import pruning
@@ -36,7 +38,8 @@ def blocks(page):
 def test_blocks_run(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
-    names = {"__name__": page}
+    model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
+    names = {"__name__": page, "torch": torch, "nn": nn, "model": model}
     for line, code in blocks(page):
         # Compiled with the page's own name and lines, so that a failure points at them.
         exec(compile("\n" * (line - 1) + code, str(ROOT / page), "exec"), names)
@@ -49,6 +52,7 @@ def test_every_page_is_in_the_navigation():
 
 def test_the_reference_names_everything_public():
     listed = set(re.findall(r"^::: (\S+)$", "\n".join(PAGES.values()), re.MULTILINE))
+    listed |= {name.removesuffix(".sweep").removesuffix(".report") for name in listed}  # modules called as these
     modules = {"metrics", "plots", "penalties", "pruning"}
     assert {f"wcr_optim.{name}" for name in wcr_optim.__all__ if name not in modules} <= listed
     assert {f"wcr_optim.pruning.{name}" for name in pruning.__all__} <= listed

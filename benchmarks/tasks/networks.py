@@ -86,7 +86,7 @@ class UNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (n, channels, h, w) to logits (n, classes, h, w); h and w divisible by 2 ** (levels - 1)."""
-        seen = []
+        seen: list[Tensor] = []
         for level in self.down:
             x = level(self.pool(x) if seen else x)
             seen.append(x)

@@ -8,10 +8,12 @@ import torch
 import torch.distributed as dist
 from processes import run_in_turn, run_processes
 from sharpness_reference import base_of, batch, groups, net, plain_norm
+from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, SequenceParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
 from wcr_optim import WCR
@@ -220,13 +222,40 @@ def _sharded_resume_is_bit_exact(rank):
             assert torch.equal(p.to_local(), q.to_local()), name
 
 
+def _norms_of_sequence_parallelism(rank):
+    """Their gradients are left as sums that are still to be taken over the ranks."""
+    mesh = init_device_mesh("cpu", (2,))
+    plan = {"0": SequenceParallel(sequence_dim=0), "1": ColwiseParallel(input_layouts=Shard(0)), "3": RowwiseParallel()}
+    for name, make in SHARDED.items():
+        torch.manual_seed(0)
+        whole = nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4)).double()
+        divided = parallelize_module(copy.deepcopy(whole), mesh, plan)
+        x = torch.randn(6, 8, dtype=torch.float64)
+        pairs = []
+        for model, data in ((whole, x), (divided, x.chunk(2)[rank])):
+            optimizer = WCR(make(torch.optim.SGD(model.parameters(), lr=0.1)), 1e-2)
+
+            def closure(model=model, data=data, optimizer=optimizer):
+                optimizer.zero_grad()
+                loss = model(data).square().mean()
+                loss.backward()
+                return loss
+
+            pairs.append((optimizer, closure))
+        for _ in range(4):
+            for optimizer, closure in pairs:
+                optimizer.step(closure)
+        for p, q in zip(whole.parameters(), divided.parameters(), strict=True):
+            torch.testing.assert_close(p.detach(), q.detach().full_tensor(), rtol=1e-9, atol=1e-11, msg=name)
+
+
 @pytest.mark.parametrize(
     "bodies",
     [
         (_replicas_stay_equal, _sam_is_m_sharpness, _overflow_on_one_rank_skips_the_step_on_all),
-        (_sharded_run_equals_the_whole_one, _sharded_resume_is_bit_exact),
+        (_sharded_run_equals_the_whole_one, _sharded_resume_is_bit_exact, _norms_of_sequence_parallelism),
     ],
-    ids=["ddp", "fsdp2"],
+    ids=["ddp", "sharded"],
 )
 def test_two_processes(bodies):
     """Starting processes takes longer than what they do, so each pair does several things."""

@@ -9,6 +9,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.plugins import MixedPrecision
 from reference import small_batch, small_net
 from torch import nn
+from torch.optim import lr_scheduler
 from torch.utils.data import DataLoader
 
 BATCHES = 6
@@ -19,6 +20,10 @@ FILTERS = [
     "ignore:Checkpoint directory .* exists and is not empty",  # at every resume into the folder that it resumes from
     "ignore:.*does not have many workers.*",  # advice on speed, for loaders of a few rows
 ]
+
+
+def cosine(optimizer):
+    return lr_scheduler.CosineAnnealingLR(optimizer, 2 * BATCHES)
 
 
 def train_loader(batches=BATCHES):

@@ -67,12 +67,12 @@ def train(accelerator, model, optimizer, data, scheduler, target=None, accumulat
 def test_a_prepared_optimizer_is_a_plain_loop(kind, precision):
     plain, prepared = network(), network()
     optimizer, scheduler = make(plain, kind)
-    target = SparsityTarget(optimizer, 0.8, STEPS, tail_energy=0.05, every=1)
+    target = SparsityTarget(optimizer, 0.8, 40, tail_energy=0.05, every=1)
     for batch in batches(text(), STEPS):
         plain_loop(plain, optimizer, [batch], scheduler, target, clip=1.0, autocast=precision == "bf16")
     accelerator = Accelerator(cpu=True, mixed_precision=precision)
     own, scheduler = make(prepared, kind)
-    driven = SparsityTarget(own, 0.8, STEPS, tail_energy=0.05, every=1)
+    driven = SparsityTarget(own, 0.8, 40, tail_energy=0.05, every=1)
     model, optimizer_of_loop, data, scheduler = accelerator.prepare(prepared, own, loader(), scheduler)
     train(accelerator, model, optimizer_of_loop, data, scheduler, driven, clip=1.0)
     assert_same(plain, prepared)
@@ -120,7 +120,7 @@ def test_resumes_bit_for_bit_from_a_folder(kind, tmp_path):
         accelerator = Accelerator(cpu=True)
         model = network(dropout=0.1)
         own, scheduler = make(model, kind)
-        target = SparsityTarget(own, 0.8, STEPS, tail_energy=0.05, every=1)
+        target = SparsityTarget(own, 0.8, 40, tail_energy=0.05, every=1)
         accelerator.register_for_checkpointing(target)
         prepared = accelerator.prepare(model, own, loader(), scheduler)
         return accelerator, *prepared, target
@@ -159,7 +159,7 @@ def two_accelerated(rank, folder):
     accelerator = Accelerator(cpu=True, step_scheduler_with_optimizer=False)
     model = network()
     own, scheduler = make(model)
-    target = SparsityTarget(own, 0.8, STEPS, tail_energy=0.05, every=1)
+    target = SparsityTarget(own, 0.8, 40, tail_energy=0.05, every=1)
     prepared, optimizer, data, scheduler = accelerator.prepare(model, own, loader(size=BATCH // 2), scheduler)
     assert accelerator.num_processes == 2
     train(accelerator, prepared, optimizer, data, scheduler, target)
@@ -178,7 +178,7 @@ def two_trained(rank, folder):
 
     _environment(rank, 2)
     model = network()
-    callback = SparsityTargetCallback(0.8, tail_energy=0.05, every=1)
+    callback = SparsityTargetCallback(0.8, total_steps=40, tail_energy=0.05, every=1)
     trainer = Trainer(
         model,
         arguments(
@@ -204,7 +204,7 @@ def two_trained(rank, folder):
 def same_everywhere_and_close_to_one_process(rank, model, target):
     alone = network()
     optimizer, scheduler = make(alone)
-    expected = SparsityTarget(optimizer, 0.8, STEPS, tail_energy=0.05, every=1)
+    expected = SparsityTarget(optimizer, 0.8, 40, tail_energy=0.05, every=1)
     plain_loop(alone, optimizer, batches(text(), STEPS), scheduler, expected)
     for (name, p), q in zip(model.named_parameters(), alone.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-4, msg=lambda text, name=name: f"{name}: {text}")

@@ -12,9 +12,8 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
-from lightning_nets import BATCHES, FILTERS, Net, fit, plain
+from lightning_nets import BATCHES, FILTERS, Net, cosine, fit, plain
 from reference import assert_same, small_batch
-from torch.optim import lr_scheduler
 
 import wcr_optim
 from wcr_optim import SAM, SSAM, WCR, CrAM, HoyerDecay, L1Decay, SparsityTarget, metrics, param_groups
@@ -34,10 +33,6 @@ OPTIMIZERS = {
     "ssam_wcr": lambda m: SSAM(WCR(OPT.AdamW(m.parameters(), lr=1e-2), 1e-2)),
     "cram": lambda m: CrAM(OPT.SGD(m.parameters(), lr=0.01), sparsities=(0.5,)),
 }
-
-
-def cosine(optimizer):
-    return lr_scheduler.CosineAnnealingLR(optimizer, 2 * BATCHES)
 
 
 def closure_step(module, optimizer, rows):
@@ -311,8 +306,8 @@ KILLED = """
     sys.path[:0] = [{tests!r}, {here!r}]
     import torch
     torch.set_num_threads(1)
-    from lightning_nets import Net, fit
-    from test_lightning import cosine, driven
+    from lightning_nets import Net, cosine, fit
+    from test_lightning import driven
     from lightning.pytorch.callbacks import Callback, ModelCheckpoint
     from wcr_optim.integrations.lightning import SparsityTargetCallback
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
-from lightning_nets import BATCHES, FILTERS, Net, fit, plain
+from lightning_nets import BATCHES, FILTERS, Net, cosine, fit, plain
 from reference import assert_same
 from torch import nn
 from torchmetrics import MeanMetric
@@ -75,7 +75,7 @@ def sharp_step(clip=None, precision=None, losses=None):
 @pytest.mark.parametrize("name", [*TWO_PASSES, *ONE_PASS])
 def test_accumulated_clipped_and_in_half_precision(name, precision):
     make = {**TWO_PASSES, **ONE_PASS}[name]
-    module = Net(make)
+    module = Net(make, cosine)
     expected, _ = plain(module, sharp_step(0.5, precision), accumulate=3)
     options = {"accumulate_grad_batches": 3, "gradient_clip_val": 0.5, "precision": precision}
     fit(module, SharpnessCallback(), **options)

@@ -1,6 +1,7 @@
 """Hugging Face's Trainer with the optimizers and callbacks of this package; the real one, nothing stands in for it."""
 
 import copy
+import importlib
 import json
 import math
 import os
@@ -28,6 +29,7 @@ from wcr_optim.integrations.transformers import (  # noqa: E402
     SparsityTargetCallback,
     TrueWeightsCallback,
     grouped,
+    last_checkpoint,
 )
 
 STEPS = 12
@@ -193,12 +195,19 @@ class TestGroups:
             factory([{"params": list(network().parameters())}], **options)
 
 
+def test_without_transformers_the_extra_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    monkeypatch.delitem(sys.modules, "wcr_optim.integrations.transformers")
+    with pytest.raises(ImportError, match=r"pip install 'wcr_optim\[transformers\]'"):
+        importlib.import_module("wcr_optim.integrations.transformers")
+
+
 class TestSparsityTarget:
     def test_drives_as_in_a_plain_loop(self, tmp_path):
         plain, framed = network(), network()
         optimizer = driven(groups_of(plain))
-        options = {"sparsity": 0.8, "tail_energy": 0.05, "every": 1, "max_dense_cost": 1.0}
-        target = SparsityTarget(optimizer, total_steps=STEPS, **options)
+        options = {"sparsity": 0.8, "tail_energy": 0.05, "every": 1, "total_steps": 40, "max_dense_cost": 1.0}
+        target = SparsityTarget(optimizer, **options)
         plain_loop(plain, optimizer, batches(text(), 2 * STEPS), linear(optimizer), target, accumulate=2)
         callback = SparsityTargetCallback(**options)
         trainer = trainer_of(
@@ -466,6 +475,26 @@ class TestSharpness:
         assert all(torch.equal(p, seen[5][name]) for name, p in saved.named_parameters())
         assert not torch.equal(next(plain.parameters()), next(framed.parameters())), "perturbed between steps"
 
+    def test_ssam_ends_with_the_best_model(self, tmp_path):
+        model = network()
+        trainer = trainer_of(
+            tmp_path,
+            model,
+            WCR(SSAM(sgd(groups_of(model), lr=0.5))),
+            callbacks=[TrueWeightsCallback()],
+            eval_strategy="steps",
+            eval_steps=3,
+            save_strategy="steps",
+            save_steps=3,
+            load_best_model_at_end=True,
+        )
+        trainer.train()
+        losses = logged(trainer, "eval_loss")
+        assert trainer.state.best_global_step == 3 * (1 + losses.index(min(losses)))
+        best = transformers.AutoModelForCausalLM.from_pretrained(trainer.state.best_model_checkpoint)
+        assert_same(model, best)
+        assert trainer.evaluate()["eval_loss"] == min(losses)
+
     def test_ssam_resumes_from_either_kind_of_folder(self, tmp_path):
         def run(folder, callbacks, **resume):
             model = network()
@@ -488,29 +517,19 @@ class TestSharpness:
             assert_same(straight, run(tmp_path / "resumed", None, resume_from_checkpoint=folder))
 
 
-class Kill(TrainerCallback):
-    """Ends the process as a power cut would, between the optimizer's step and everything that follows it."""
-
-    def __init__(self, step):
-        self.step = step
-
-    def on_optimizer_step(self, args, state, control, **kwargs):
-        if state.global_step == self.step:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-
-def killed_run(folder, kill_at=None, resume=False):
+def killed_run(folder, kill_at=None, resume=None):
     """A run with everything that has a state: random order, dropout, moments, a schedule, a target, perturbations."""
     model = network(dropout=0.1)
     groups = param_groups(model, weight_decay=0.1, weight_concentration=1e-2, exclude="lm_head")
-    callbacks = [SparsityTargetCallback(sparsity=0.8, tail_energy=0.05, every=2, total_steps=40), TrueWeightsCallback()]
-    if kill_at is not None:
-        callbacks.append(Kill(kill_at))
+    optimizer = WCR(SSAM(adamw(groups)), form="scale_free")
     trainer = trainer_of(
         folder,
         model,
-        WCR(SSAM(adamw(groups)), form="scale_free"),
-        callbacks=callbacks,
+        optimizer,
+        callbacks=[
+            SparsityTargetCallback(sparsity=0.8, tail_energy=0.05, every=2, total_steps=40),
+            TrueWeightsCallback(),
+        ],
         train_sampling_strategy="random",
         gradient_accumulation_steps=2,
         lr_scheduler_type="cosine",
@@ -518,19 +537,37 @@ def killed_run(folder, kill_at=None, resume=False):
         save_strategy="steps",
         save_steps=3,
     )
+
+    def power_cut(*_):
+        if trainer.state.global_step == kill_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    optimizer.register_state_dict_post_hook(power_cut)  # when a checkpoint has its weights and nothing else yet
     trainer.train(resume_from_checkpoint=resume)
     return model
 
 
-def test_a_killed_run_ends_bit_identical_to_the_undisturbed_one(tmp_path):
+def test_a_run_killed_while_it_saves_ends_bit_identical_to_the_undisturbed_one(tmp_path):
     straight = killed_run(tmp_path / "straight")
-    here = Path(__file__).parent
+    run, here = tmp_path / "run", Path(__file__).parent
     code = (
         "import sys, torch; torch.set_num_threads(1); sys.path[:0] = sys.argv[2:]; "
-        "from test_transformers import killed_run; killed_run(sys.argv[1], kill_at=7)"
+        "from test_transformers import killed_run; killed_run(sys.argv[1], kill_at=9)"
     )
-    paths = [str(tmp_path / "run"), str(here), str(here.parent), str(here.parent.parent)]
+    paths = [str(run), str(here), str(here.parent), str(here.parent.parent)]
     killed = subprocess.run([sys.executable, "-W", "error", "-c", code, *paths], capture_output=True, text=True)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
-    assert sorted(folder.name for folder in (tmp_path / "run").iterdir()) == ["checkpoint-3", "checkpoint-6"]
-    assert_same(straight, killed_run(tmp_path / "run", resume=True))
+    assert sorted(folder.name for folder in run.iterdir()) == ["checkpoint-3", "checkpoint-6", "checkpoint-9"]
+    assert (run / "checkpoint-9" / "model.safetensors").exists()
+    assert last_checkpoint(run) == str(run / "checkpoint-6")
+    assert_same(straight, killed_run(run, resume=last_checkpoint(run)))
+
+
+def test_the_last_checkpoint(tmp_path):
+    assert last_checkpoint(tmp_path / "nowhere") is None
+    for step, content in ((9, "{}"), (10, "{}"), (11, "{"), (12, None), ("best", "{}")):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        if content is not None:
+            (folder / "trainer_state.json").write_text(content)
+    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")

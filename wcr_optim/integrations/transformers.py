@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -35,6 +37,7 @@ from wcr_optim.target import SparsityTarget
 try:
     from transformers import ProgressCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
     from transformers.trainer_callback import ExportableState
+    from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 except ImportError as error:
     raise ImportError(
         "wcr_optim.integrations.transformers needs transformers and accelerate: pip install 'wcr_optim[transformers]'"
@@ -96,6 +99,28 @@ def grouped(
         return from_model
 
     return factory, {}
+
+
+def last_checkpoint(folder: str | os.PathLike[str]) -> str | None:
+    """Return the last checkpoint folder that the Trainer wrote to its end, None if there is none.
+
+        trainer.train(resume_from_checkpoint=last_checkpoint(args.output_dir))
+
+    With resume_from_checkpoint=True the Trainer takes the last folder, whole or not. A process that is killed while it
+    saves leaves one without trainer_state.json, which is written last, and that cannot be resumed from.
+
+    Args:
+        folder: The Trainer's output_dir; it need not exist.
+    """
+    found = {}
+    for path in Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+        step = path.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")
+        try:
+            json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
+            found[int(step)] = str(path)
+        except (OSError, ValueError):  # missing, cut off, or a folder of another name
+            continue
+    return found[max(found)] if found else None
 
 
 class SparsityTargetCallback(TrainerCallback, ExportableState):

@@ -122,5 +122,6 @@ def _ranks(mesh: DeviceMesh) -> set[int]:
 def _add_up(counts: Tensor, mesh: DeviceMesh) -> None:
     total = counts.to(mesh.device_type)
     for dim in range(mesh.ndim):
-        torch.distributed.all_reduce(total, group=mesh.get_group(dim))
+        if mesh.size(dim) > 1:
+            torch.distributed.all_reduce(total, group=mesh.get_group(dim))
     counts.copy_(total)

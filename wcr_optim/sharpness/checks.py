@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from wcr_optim.layout import local
+from wcr_optim.layout import as_dtensor, local
 from wcr_optim.wrapper import OptimizerWrapper
 
 
@@ -102,7 +102,7 @@ def check_count(name: str, count: Any) -> int:
 
 
 def with_gradient(group: Mapping[str, Any]) -> list[Tensor]:
-    """Return a group's parameters that have a gradient.
+    """Return a group's parameters that have a gradient, which then lies over ranks as its parameter does.
 
     Raises:
         TypeError: If a gradient is sparse.
@@ -114,7 +114,19 @@ def with_gradient(group: Mapping[str, Any]) -> list[Tensor]:
                 f"perturbations are dense, and the gradient of a parameter of shape {tuple(p.shape)} is sparse: "
                 f"build its layer with sparse=False"
             )
+    lay_out_gradients(params)
     return params
+
+
+def lay_out_gradients(params: Iterable[Tensor]) -> None:
+    """Lay gradients out over ranks as their parameters, for arithmetic on each rank's parts of both.
+
+    Sequence parallelism leaves those of norms as sums that are still to be taken over the ranks.
+    """
+    for p in params:
+        weight, grad = as_dtensor(p), None if p.grad is None else as_dtensor(p.grad)
+        if weight is not None and grad is not None and grad.placements != weight.placements:
+            p.grad = grad.redistribute(weight.device_mesh, weight.placements)
 
 
 class ClosureWatch:

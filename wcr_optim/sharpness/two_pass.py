@@ -15,7 +15,15 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from wcr_optim.layout import local
-from wcr_optim.sharpness.checks import ClosureWatch, check_base, check_model, check_rho, gradients, with_gradient
+from wcr_optim.sharpness.checks import (
+    ClosureWatch,
+    check_base,
+    check_model,
+    check_rho,
+    gradients,
+    lay_out_gradients,
+    with_gradient,
+)
 from wcr_optim.sharpness.guards import RunningStatistics, random_numbers_repeated, random_states, stamp, with_statistics
 from wcr_optim.sharpness.memory import copies, copy_, global_norm, norms
 from wcr_optim.wrapper import Closure, OptimizerWrapper
@@ -329,6 +337,7 @@ class TwoPass(OptimizerWrapper):
         assert second is not None
         if not second.away:
             second.swap()
+        lay_out_gradients(second.params)
         if self._overflow is None:
             self._combine()
         else:
