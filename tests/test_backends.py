@@ -2,6 +2,7 @@
 
 import math
 import os
+import shutil
 import subprocess
 import sys
 
@@ -281,6 +282,14 @@ def test_a_compiler_that_fails_is_named_and_auto_does_without(script, reason, tm
     net = small_net()
     train(net, WCR(torch.optim.SGD(net.parameters(), lr=0.1)), range(2))
     assert watched == []
+
+
+@needs_compiler
+def test_the_compiler_may_come_with_arguments(monkeypatch):
+    command = next(filter(shutil.which, compiled.COMPILERS))
+    monkeypatch.setenv("CXX", f"{os.environ.get('CXX', command)} -DSOME_MACRO='1'")
+    assert compiled.why_not() is None
+    assert compiled.sums([torch.ones(3)]).tolist() == [[3.0, 3.0]]
 
 
 @needs_compiler

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -161,24 +162,26 @@ def _written(*streams: Sequence[Tensor]) -> None:
 @lru_cache(maxsize=4)
 def _library(compiler: str | None) -> ctypes.CDLL | str:
     """Compile native.cpp and load it, or return why not; `compiler` is CXX, which torch's own extensions heed too."""
-    command = next(filter(None, map(shutil.which, (compiler,) if compiler else COMPILERS)), None)
+    commands = [shlex.split(compiler)] if compiler else [[name] for name in COMPILERS]
+    command = next((c for c in commands if c and shutil.which(c[0])), None)
     if command is None:
         named = repr(compiler) if compiler else "among " + ", ".join(COMPILERS)
         return f"there is no C++ compiler {named}; install one, name one in CXX, or choose backend='eager'"
+    name = " ".join(command)
     flags = FLAGS + (X86_FLAGS if platform.machine() in ("x86_64", "AMD64") else ())
     try:
         # A folder of its own, gone once the library is loaded: nothing stale, nothing that others put there.
         with tempfile.TemporaryDirectory(prefix="wcr_optim-", ignore_cleanup_errors=True) as folder:
             library = str(Path(folder, "native.so"))
             subprocess.run(
-                [command, *flags, str(SOURCE), "-o", library],
-                capture_output=True, text=True, check=True, timeout=PATIENCE,
+                [*command, *flags, str(SOURCE), "-o", library],
+                capture_output=True, text=True, errors="replace", check=True, timeout=PATIENCE,
             )  # fmt: skip
             return ctypes.CDLL(library)
     except subprocess.CalledProcessError as error:
-        return f"{command} failed: {_complaint(error.stderr)}; name another compiler in CXX, or choose backend='eager'"
+        return f"{name} failed: {_complaint(error.stderr)}; name another compiler in CXX, or choose backend='eager'"
     except (OSError, subprocess.TimeoutExpired) as error:
-        return f"{command} makes no library that loads: {error}; choose backend='eager'"
+        return f"{name} makes no library that loads: {error}; choose backend='eager'"
 
 
 def _complaint(stderr: str) -> str:
