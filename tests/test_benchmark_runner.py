@@ -68,13 +68,13 @@ def test_layers_of_a_penalty():
 
 @pytest.mark.parametrize("count", [1, 3, 5, 10])
 def test_grids_span_three_decades_with_as_many_runs_as_asked_for(count):
-    strengths = [strength for strength, _ in tuning.grid("sgd+wcr", count)]
+    strengths = [strength for strength, _ in tuning.grid("digits_mlp", "sgd+wcr", count)]
     assert len(strengths) == count == len(set(strengths))
     if count > 1:
         assert strengths[-1] / strengths[0] == pytest.approx(1000, rel=1e-2)
-    rhos = [rho for _, rho in tuning.grid("sgd+sam", count)]
+    rhos = [rho for _, rho in tuning.grid("digits_mlp", "sgd+sam", count)]
     assert len(set(rhos)) == count
-    assert tuning.grid("sgd", count) == [(0.0, 0.0)]
+    assert tuning.grid("digits_mlp", "sgd", count) == [(0.0, 0.0)]
 
 
 def rows_of(method, strength, values, seed=0, split="validation", goal=0.0, options=""):
@@ -227,7 +227,7 @@ def test_a_killed_benchmark_continues_where_it_stopped(tmp_path):
     apart = [tuple(row[name] for name in (*KEY, "sparsity", "scope", "recalibrated", "metric")) for row in rows]
     assert len(apart) == len(set(apart))
     assert {row["strength"] for row in rows if row["method"] == "sgd+wcr" and row["split"] == "validation"} == {
-        str(strength) for strength, _ in tuning.grid("sgd+wcr", 3)
+        str(strength) for strength, _ in tuning.grid("digits_mlp", "sgd+wcr", 3)
     }
     assert (tmp_path / "vision.md").read_text().startswith("## digits_mlp")
     assert all(
