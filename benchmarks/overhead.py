@@ -170,7 +170,7 @@ def _measure(shape: Shape, dtype: str, machine: str, options: argparse.Namespace
     weights = list(model.parameters())
     number = sum(w.numel() for w in weights)
     table = rows(weights, options.device)
-    source = torch.zeros(COPIED, dtype=torch.uint8, device=options.device)
+    source = torch.ones(COPIED, dtype=torch.uint8, device=options.device)
     target = torch.empty_like(source)
     copy = Row("copy", "copy", 2, lambda: target.copy_(source))
     every = [copy, *table]

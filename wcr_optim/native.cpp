@@ -266,6 +266,7 @@ void update_all(const Layers& layers, const float* coefficients, const Update& u
       rows[s] = row_of<T>(layers, s, layer, start);
       opened[s] = open(rows[s], copies[s], n);
     }
+    prefetch(rows[0]);
     if (c[0] != 1.0f || c[1] != 0.0f) {
       shrink(opened[0], n, c[0], c[1]);
       round_row(rows[0], opened[0], n, rounding, rounding.key(layer, start));
