@@ -1,5 +1,6 @@
 """The benchmarks' machinery: names of methods, searches and choices, files of results, variants, sharpness."""
 
+import csv
 import functools
 import itertools
 import os
@@ -264,6 +265,22 @@ def test_ablations_run_end_to_end(tmp_path, monkeypatch):
     assert ablations.main([*arguments, "--output", str(tmp_path), "--page", str(page)]) == 0
     assert "| late | " in page.read_text()
     assert "| SGD + WCR | " in page.read_text()
+
+
+def test_convergence_runs_end_to_end(tmp_path, capsys):
+    assert (
+        benchmarks(
+            ["convergence", "--steps", "60", "--seeds", "1", "--output", str(tmp_path), "--images", str(tmp_path)]
+        )
+        == 0
+    )
+    assert "vanishing strength" in capsys.readouterr().out
+    assert (tmp_path / "convergence.png").stat().st_size
+    with (tmp_path / "convergence.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 2 * 3 * 3
+    first = {row["squared_norm"] for row in rows if row["problem"] == "convex" and row["step"] == "0"}
+    assert len(first) == 1  # the same network before any of the rules acts
 
 
 def problem():
