@@ -35,7 +35,7 @@ from wcr_optim.tables import aligned
 
 MOMENTS = 16  # bytes per tensor: sums of m and m^2 in float64
 NORM = 8  # bytes per tensor: a gradient's squared norm in float64
-HISTOGRAM = 2**13 * 8  # bytes per tensor: SparsityTarget's counts
+HISTOGRAM = 2**13 * 8  # bytes of SparsityTarget's counts, of all tensors that are ranked together and laid out alike
 # Of the search for a magnitude of given rank, see pruning.search: whether a rank failed; bins of 2^15 bit patterns of
 # finite float32 numbers; their patterns one by one.
 FLAG, FIRST_BINS, SECOND_BINS = 8, (0x7F80_0000 >> 15) + 1, 2**15
@@ -204,7 +204,7 @@ def perturbation_exchanges(parameters: int) -> list[int]:
 
 def target_exchanges(tensors: int) -> list[int]:
     """Return the bytes of every all-reduce of a measurement of SparsityTarget, but for the loss, 8 bytes a step."""
-    return [MOMENTS * tensors, HISTOGRAM * tensors]
+    return [MOMENTS * tensors, HISTOGRAM]
 
 
 def mask_exchanges(weights: int) -> list[int]:
