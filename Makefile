@@ -1,17 +1,23 @@
-# Two commands do everything on a fresh machine: `make demo` and `make test`.
-# Each makes the virtual environment it needs when there is none.
+# `make demo`, `make test`, `make docs` and `make bench-quick` each make the virtual environment that they need when there
+# is none.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test lint typecheck clean
+.PHONY: demo test bench-quick docs lint typecheck clean
 
 demo: $(VENV)/.bench
 	$(BIN)/python -m benchmarks demo
 
 test: $(VENV)/.test lint typecheck
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=2
+
+bench-quick: $(VENV)/.bench
+	for suite in vision language segmentation; do $(BIN)/python -m benchmarks $$suite --quick || exit 1; done
+
+docs: $(VENV)/.test
+	$(BIN)/mkdocs build --strict
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
@@ -37,4 +43,4 @@ $(VENV)/.test: pyproject.toml $(VENV)/.torch
 	touch $@
 
 clean:
-	rm -rf $(VENV) results build dist *.egg-info
+	rm -rf $(VENV) results site build dist *.egg-info

@@ -77,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         plain = [Trial(task, o.base, 0, split="validation", steps=o.steps)]
         for penalty, options in variants:
             method = f"{o.base}+{penalty}"
-            for strength, rho in tuning.grid(method, o.strengths):
+            for strength, rho in tuning.grid(task, method, o.strengths):
                 plain.append(Trial(task, method, 0, strength, rho, options=options, steps=o.steps))
         runner.run_missing(work, plain, steps_of, results, o.jobs)
         rows = results.read()

@@ -35,7 +35,7 @@ from wcr_optim.tables import aligned
 
 MOMENTS = 16  # bytes per tensor: sums of m and m^2 in float64
 NORM = 8  # bytes per tensor: a gradient's squared norm in float64
-HISTOGRAM = 2**13 * 8  # bytes per tensor: SparsityTarget's counts
+HISTOGRAM = 2**13 * 8  # bytes of SparsityTarget's counts, of all tensors that are ranked together and laid out alike
 # Of the search for a magnitude of given rank, see pruning.search: whether a rank failed; bins of 2^15 bit patterns of
 # finite float32 numbers; their patterns one by one.
 FLAG, FIRST_BINS, SECOND_BINS = 8, (0x7F80_0000 >> 15) + 1, 2**15
@@ -152,7 +152,8 @@ class Cost(NamedTuple):
     Attributes:
         size: Bytes of the all-reduce of the moments.
         exchange: Seconds of it.
-        eager: Seconds of the passes over this rank's weights, operation by operation.
+        memory: Bytes that the passes over this rank's weights read and write.
+        eager: Seconds of these passes, operation by operation.
         kernels: The same with one launch for all tensors.
         adamw: Seconds of AdamW's own pass.
         links: Bytes that FSDP2 moves through a rank's links in a step.
@@ -163,6 +164,7 @@ class Cost(NamedTuple):
 
     size: int
     exchange: float
+    memory: float
     eager: float
     kernels: float
     adamw: float
@@ -175,12 +177,13 @@ class Cost(NamedTuple):
 def cost(model: Size, ranks: int, machine: Machine = CLUSTER) -> Cost:
     """Return the cost of a model that FSDP2 shards over all ranks, in float32."""
     own = model.parameters / ranks
-    pass_over = PENALTY_BYTES * own / machine.memory
+    memory = PENALTY_BYTES * own
     return Cost(
         size=sum(step_exchanges(model.tensors)),
         exchange=sum(machine.all_reduce(ranks, size) for size in step_exchanges(model.tensors)),
-        eager=pass_over + LAUNCHES * model.tensors * machine.launch,
-        kernels=pass_over + 2 * machine.launch,
+        memory=memory,
+        eager=memory / machine.memory + LAUNCHES * model.tensors * machine.launch,
+        kernels=memory / machine.memory + 2 * machine.launch,
         adamw=ADAMW_BYTES * own / machine.memory,
         links=FSDP_BYTES * model.parameters * (ranks - 1) / ranks,
         state=STATE_BYTES * own,
@@ -201,7 +204,7 @@ def perturbation_exchanges(parameters: int) -> list[int]:
 
 def target_exchanges(tensors: int) -> list[int]:
     """Return the bytes of every all-reduce of a measurement of SparsityTarget, but for the loss, 8 bytes a step."""
-    return [MOMENTS * tensors, HISTOGRAM * tensors]
+    return [MOMENTS * tensors, HISTOGRAM]
 
 
 def mask_exchanges(weights: int) -> list[int]:
@@ -337,11 +340,14 @@ def fitted(one: dict[str, Any], two: dict[str, Any], options: argparse.Namespace
 
 
 def predicted(machine: Machine, ranks: int, options: argparse.Namespace) -> tuple[float, float]:
-    """Return the seconds of the pass and of the whole step on this machine, whose cores the processes share."""
+    """Return the seconds of a rank's pass and of the whole step on this machine.
+
+    A step ends when the last rank has had a core; a pass, at its least, had one from beginning to end.
+    """
     model = Size("here", options.tensors * options.side**2, options.tensors)
     waiting = max(1.0, ranks / (os.cpu_count() or 1))
     found = cost(model, ranks, machine)
-    return waiting * found.eager, waiting * (found.eager + found.exchange)
+    return found.eager, waiting * (found.eager + found.exchange)
 
 
 Row = dict[str, Any]
@@ -394,18 +400,23 @@ def model_rows(machine: Machine = CLUSTER) -> list[Row]:
             c = cost(model, ranks, machine)
             cells = {
                 "state, GB": c.state / 1e9,
-                "FSDP2 links, GB": c.links / 1e9,
-                "AdamW, ms": 1e3 * c.adamw,
+                "links, GB": c.links / 1e9,
                 "moments, kB": c.size / 1e3,
                 "all-reduce, ms": 1e3 * c.exchange,
-                "passes eager, ms": 1e3 * c.eager,
-                "passes Triton, ms": 1e3 * c.kernels,
+                "passes, GB": c.memory / 1e9,
+                "eager, ms": 1e3 * c.eager,
+                "Triton, ms": 1e3 * c.kernels,
+                "AdamW, ms": 1e3 * c.adamw,
                 "target, ms": 1e3 * c.target,
                 "masks, GB": c.masks / 1e9,
             }
             named = {"model": model.name, "tensors": f"{model.tensors:,}", "ranks": f"{ranks:,}"}
-            rows.append(named | {name: f"{value:.3g}" for name, value in cells.items()})
+            rows.append(named | {name: _three_digits(value) for name, value in cells.items()})
     return rows
+
+
+def _three_digits(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def table(rows: Sequence[Row]) -> str:

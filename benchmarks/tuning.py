@@ -9,8 +9,10 @@ from benchmarks import tasks
 from benchmarks.methods import RHO, Method
 from benchmarks.trials import Trial
 
-# Where the grid of a strength begins and ends: three decades, chosen so that the best one lies inside on the digits.
+# Where the grid of a strength begins and ends: three decades, chosen so that the best one lies inside on the digits, at
+# the learning rates used there.
 DECADES = 3.0
+REFERENCE_LR = {"sgd": 0.1, "adamw": 1e-3}
 LOWEST: dict[str, dict[str, float]] = {
     "sgd": {
         "l1": 1e-4,
@@ -37,7 +39,7 @@ RHOS = (0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 4.0)
 Rows = Sequence[Mapping[str, str]]
 
 
-def grid(method: str, count: int) -> list[tuple[float, float]]:
+def grid(task: str, method: str, count: int) -> list[tuple[float, float]]:
     """Return pairs of strength and rho to search, `count` of them; one pair where nothing is searched."""
     parts = Method.of(method)
     rho = RHO.get(parts.sharpness or "", 0.0)
@@ -45,6 +47,7 @@ def grid(method: str, count: int) -> list[tuple[float, float]]:
         assert parts.penalty is not None
         penalty = parts.penalty.removesuffix("_explicit")
         lowest = LOWEST[parts.base][penalty.removesuffix("_in_loss")]
+        lowest *= REFERENCE_LR[parts.base] / tasks.task(task).lr[parts.base]  # what acts is lr * strength
         if penalty.endswith("_in_loss"):
             lowest /= 10  # momentum adds up ten steps of it
         between = max(count - 1, 1)
@@ -63,7 +66,7 @@ def searches(
     trials = []
     for method in methods:
         goals = tasks.task(task).goals if Method.of(method).has_goal else (0.0,)
-        for strength, rho in grid(method, count):
+        for strength, rho in grid(task, method, count):
             for goal in goals:
                 for seed in seeds:
                     trials.append(

@@ -1,5 +1,6 @@
 """The benchmarks' machinery: names of methods, searches and choices, files of results, variants, sharpness."""
 
+import csv
 import functools
 import itertools
 import os
@@ -68,13 +69,13 @@ def test_layers_of_a_penalty():
 
 @pytest.mark.parametrize("count", [1, 3, 5, 10])
 def test_grids_span_three_decades_with_as_many_runs_as_asked_for(count):
-    strengths = [strength for strength, _ in tuning.grid("sgd+wcr", count)]
+    strengths = [strength for strength, _ in tuning.grid("digits_mlp", "sgd+wcr", count)]
     assert len(strengths) == count == len(set(strengths))
     if count > 1:
         assert strengths[-1] / strengths[0] == pytest.approx(1000, rel=1e-2)
-    rhos = [rho for _, rho in tuning.grid("sgd+sam", count)]
+    rhos = [rho for _, rho in tuning.grid("digits_mlp", "sgd+sam", count)]
     assert len(set(rhos)) == count
-    assert tuning.grid("sgd", count) == [(0.0, 0.0)]
+    assert tuning.grid("digits_mlp", "sgd", count) == [(0.0, 0.0)]
 
 
 def rows_of(method, strength, values, seed=0, split="validation", goal=0.0, options=""):
@@ -227,7 +228,7 @@ def test_a_killed_benchmark_continues_where_it_stopped(tmp_path):
     apart = [tuple(row[name] for name in (*KEY, "sparsity", "scope", "recalibrated", "metric")) for row in rows]
     assert len(apart) == len(set(apart))
     assert {row["strength"] for row in rows if row["method"] == "sgd+wcr" and row["split"] == "validation"} == {
-        str(strength) for strength, _ in tuning.grid("sgd+wcr", 3)
+        str(strength) for strength, _ in tuning.grid("digits_mlp", "sgd+wcr", 3)
     }
     assert (tmp_path / "vision.md").read_text().startswith("## digits_mlp")
     assert all(
@@ -264,6 +265,22 @@ def test_ablations_run_end_to_end(tmp_path, monkeypatch):
     assert ablations.main([*arguments, "--output", str(tmp_path), "--page", str(page)]) == 0
     assert "| late | " in page.read_text()
     assert "| SGD + WCR | " in page.read_text()
+
+
+def test_convergence_runs_end_to_end(tmp_path, capsys):
+    assert (
+        benchmarks(
+            ["convergence", "--steps", "60", "--seeds", "1", "--output", str(tmp_path), "--images", str(tmp_path)]
+        )
+        == 0
+    )
+    assert "vanishing strength" in capsys.readouterr().out
+    assert (tmp_path / "convergence.png").stat().st_size
+    with (tmp_path / "convergence.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 2 * 3 * 3
+    first = {row["squared_norm"] for row in rows if row["problem"] == "convex" and row["step"] == "0"}
+    assert len(first) == 1  # the same network before any of the rules acts
 
 
 def problem():

@@ -70,7 +70,7 @@ def imported() -> Any:
     try:
         import datasets
     except ImportError as error:
-        raise ImportError("real data sets need the package datasets: pip install 'wcr_optim[hub]'") from error
+        raise ImportError("real data sets need the package datasets: pip install 'wcr_optim[bench]'") from error
     return datasets
 
 

@@ -115,10 +115,9 @@ def pretrained(kind: str) -> Any:
     try:
         import transformers
     except ImportError as error:
-        raise ImportError("fine-tuning needs transformers: pip install 'wcr_optim[hub]'") from error
-    options = {"dtype": torch.float32} if kind.startswith("AutoModel") else {}
+        raise ImportError("fine-tuning needs transformers: pip install 'wcr_optim[bench]'") from error
     try:
-        return getattr(transformers, kind).from_pretrained(source(), **options)
+        return getattr(transformers, kind).from_pretrained(source())
     except (OSError, ValueError) as error:
         raise FileNotFoundError(
             f"no model at {source()!r} ({str(error).splitlines()[0]}); set {MODEL} to a folder with a model and its "
@@ -223,7 +222,7 @@ def _task(name: str) -> Task:
     def model(seed: int) -> nn.Module:
         torch.manual_seed(seed)
         network: nn.Module = pretrained("AutoModelForCausalLM")
-        return network
+        return network.float()  # whatever the checkpoint's dtype: small steps are lost in bfloat16
 
     def evaluate(network: nn.Module, split: str) -> float:
         if name == "commonsense":

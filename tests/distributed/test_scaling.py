@@ -1,6 +1,7 @@
 """The cost model of benchmarks/scaling.py: it counts what happens, and its formulas are those of its docstring."""
 
 import csv
+from pathlib import Path
 
 import pytest
 import torch.distributed as dist
@@ -80,8 +81,14 @@ def test_this_machine_is_fitted_and_tabled(tmp_path):
     scaling.write(tmp_path / "scaling.csv", rows, scaling.model_rows(CLUSTER))
     with (tmp_path / "scaling.csv").open() as file:
         lines = list(csv.DictReader(file))
-    assert len(lines) == len(rows) + len(MODELS) * len(scaling.RANKS) * 9
+    assert len(lines) == len(rows) + len(MODELS) * len(scaling.RANKS) * 10
     assert {line["kind"] for line in lines} == {"here", "cluster"}
+
+
+def test_the_documentation_has_the_models_numbers():
+    page = (Path(scaling.__file__).parents[1] / "docs" / "scaling.md").read_text(encoding="utf-8")
+    for row in scaling.model_rows():
+        assert f"| {' | '.join(row.values())} |" in page
 
 
 def test_bad_options_are_refused(capsys):
