@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for rule in RULES:
             found = [row for row in rows if (row["problem"], row["rule"]) == (problem, rule)]
             every = [float(row["squared_norm"]) for row in found]
-            last = [float(row["squared_norm"]) for row in found if int(row["step"]) > 0.9 * o.steps]
+            last = [float(row["squared_norm"]) for row in found if int(row["step"]) >= 0.9 * (o.steps - EVERY)]
             print(f"{problem:12}{rule:22}{sum(every) / len(every):10.2e}{sum(last) / len(last):10.2e}")
     return 0
 
