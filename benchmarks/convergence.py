@@ -118,7 +118,7 @@ def draw(rows: Sequence[dict[str, object]], path: Path) -> None:
             running = torch.stack([means[k - k // 3 : k + 1].mean() for k in range(len(means))])
             ax.plot([step + 1 for step in steps], running, color=colour, label=rule)
             if rule == RULES[0]:
-                start = len(steps) // 10
+                start = max(1, len(steps) // 10)
                 reference = [float(running[start]) * math.sqrt(steps[start] / step) for step in steps[start:]]
                 ax.plot(steps[start:], reference, color="0.55", linestyle=":", label="1/sqrt(T)")
         ax.set_xscale("log")
