@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for rule in RULES:
             found = [row for row in rows if (row["problem"], row["rule"]) == (problem, rule)]
             every = [float(row["squared_norm"]) for row in found]
-            last = [float(row["squared_norm"]) for row in found if int(row["step"]) > 0.9 * o.steps]
+            last = [float(row["squared_norm"]) for row in found if int(row["step"]) >= 0.9 * (o.steps - EVERY)]
             print(f"{problem:12}{rule:22}{sum(every) / len(every):10.2e}{sum(last) / len(last):10.2e}")
     return 0
 
@@ -118,7 +118,7 @@ def draw(rows: Sequence[dict[str, object]], path: Path) -> None:
             running = torch.stack([means[k - k // 3 : k + 1].mean() for k in range(len(means))])
             ax.plot([step + 1 for step in steps], running, color=colour, label=rule)
             if rule == RULES[0]:
-                start = len(steps) // 10
+                start = max(1, len(steps) // 10)
                 reference = [float(running[start]) * math.sqrt(steps[start] / step) for step in steps[start:]]
                 ax.plot(steps[start:], reference, color="0.55", linestyle=":", label="1/sqrt(T)")
         ax.set_xscale("log")

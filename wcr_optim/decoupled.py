@@ -15,8 +15,9 @@ from wcr_optim import backends
 from wcr_optim.fused import FusedUpdate
 from wcr_optim.layout import local, random_streams
 from wcr_optim.moments import Moments, accumulator, counts, moments, of_sums
-from wcr_optim.penalties import L1, L2, HoyerSquare, InverseVariance, Penalty, Relative, ScaleFree
+from wcr_optim.penalties import L1, L2, HoyerSquare, InverseVariance, Penalty, PerUnit, Relative, ScaleFree
 from wcr_optim.shrink import shrink_
+from wcr_optim.units import shrink_units_, spread, unit_moments
 from wcr_optim.uploads import select
 from wcr_optim.wrapper import OptimizerWrapper
 
@@ -77,6 +78,10 @@ class Decoupled(OptimizerWrapper):
             kind = f"the class {penalty.__name__}" if isinstance(penalty, type) else f"{penalty!r}"
             raise TypeError(f"penalty must be an instance of penalties.Penalty such as penalties.L1(), got {kind}")
         backends.check(backend)
+        if penalty.per_unit and backend not in ("auto", "eager"):
+            raise ValueError(
+                f"backend {backend!r} knows layers and not their units; {penalty!r} needs 'eager' or 'auto'"
+            )
         self.penalty = penalty
         self.stochastic_rounding = stochastic_rounding
         self.backend = backend
@@ -112,9 +117,13 @@ class Decoupled(OptimizerWrapper):
             for device, layers in self._regularized(group).items():
                 weights[device] += layers
                 lengths[device].append(_repeat(s, len(layers), device))
-        chosen = {device: backends.choose(self.backend, device, layers) for device, layers in weights.items()}
+        backend = "eager" if self.penalty.per_unit else self.backend
+        chosen = {device: backends.choose(backend, device, layers) for device, layers in weights.items()}
         seed = self._next_seed(weights, chosen)
         for device, layers in weights.items():
+            if self.penalty.per_unit:
+                self._shrink_units(layers, torch.cat(lengths[device]), seed)
+                continue
             backend = chosen[device]
             gain, threshold = self.penalty.flow(self._moments(layers, backend), torch.cat(lengths[device]))
             if seed is None:
@@ -134,6 +143,12 @@ class Decoupled(OptimizerWrapper):
         if rest:
             left = [layers[i] for i in rest]
             shrink_(left, select(gain, rest), select(threshold, rest), seed=seed, backend=backend)
+
+    def _shrink_units(self, layers: list[Tensor], s: Tensor, seed: int | Tensor | None) -> None:
+        for stream, index in random_streams(layers):
+            own = [layers[i] for i in index]
+            gain, threshold = self.penalty.flow(unit_moments(own), spread(select(s, index), own))
+            shrink_units_(own, gain, threshold, seed=None if seed is None else seed + stream * STREAM)
 
     def _regularized(self, group: Mapping[str, Any]) -> dict[torch.device, list[Tensor]]:
         min_ndim = group.get("min_ndim", self.penalty.min_ndim)
@@ -229,8 +244,9 @@ class WCR(Decoupled):
     Args:
         base: The optimizer instance to wrap.
         weight_concentration: Default strength; also the key in the groups (default: 1e-3).
-        form: "inverse_variance", the preprint's 1 / (V + eps), "scale_free", n q / V, or "relative", the same with a
-            step that does not depend on the weights' scale (default: "inverse_variance").
+        form: "inverse_variance", the preprint's 1 / (V + eps), "scale_free", n q / V, "per_unit", the same for every
+            output unit of a layer apart, or "relative", the scale-free one with a step that does not depend on the
+            weights' scale (default: "inverse_variance").
         eps: Added to V in the preprint's form; the scale-free form has none (default: 1e-8).
         max_growth: Bound on a weight's growth in one step, gain <= 1 + max_growth (default: 0.1).
         stochastic_rounding: Whether to round weights of less than 32 bits stochastically (default: True).
@@ -335,9 +351,13 @@ def concentration_penalty(form: str, eps: float, max_growth: float) -> Penalty:
         return InverseVariance(eps, max_growth)
     if form == "scale_free":
         return ScaleFree(max_growth)
+    if form == "per_unit":
+        return PerUnit(max_growth)
     if form == "relative":
         return Relative(max_growth)
-    raise ValueError(f"unknown form {form!r}; choose 'inverse_variance' (the preprint's), 'scale_free' or 'relative'")
+    raise ValueError(
+        f"unknown form {form!r}; choose 'inverse_variance' (the preprint's), 'scale_free', 'per_unit' or 'relative'"
+    )
 
 
 def _check_weight(w: Tensor, where: str) -> None:

@@ -41,11 +41,13 @@ class Penalty(ABC):
         option: Key of its strength in the optimizer's param_groups.
         min_ndim: Tensors with fewer dimensions are left alone, unless their group says otherwise.
         uses_moments: Whether `flow` reads mu and q. Where it does not, a pass over the weights is saved.
+        per_unit: Whether every output unit, a row w[i] of a weight, is a layer of its own to the penalty.
     """
 
     option: ClassVar[str] = "strength"
     min_ndim: ClassVar[int] = 2
     uses_moments: ClassVar[bool] = True
+    per_unit: ClassVar[bool] = False
 
     @abstractmethod
     def value(self, moments: Moments) -> Tensor:
@@ -172,6 +174,24 @@ class ScaleFree(_EnergyPreserving):
         for _ in range(5):
             delta = delta - (delta - r * delta.expm1() + sigma) / (1 - r * delta.exp())
         return delta
+
+
+@dataclass(frozen=True)
+class PerUnit(ScaleFree):
+    """WCR in scale-free form for every output unit apart: the sum of n q / V over the rows w[i] of a weight.
+
+    Each unit concentrates the weights that it reads its inputs with and keeps their energy. Over a whole layer the
+    units compete: those with the smaller weights lose theirs altogether, and where a normalization follows, which
+    makes up for a unit's scale, what pruning takes there counts in full. This form is this package's, not the paper's.
+
+    Args:
+        max_growth: Bound on the growth of one step, gain <= 1 + max_growth (default: 0.1).
+
+    Raises:
+        ValueError: If max_growth is not positive.
+    """
+
+    per_unit: ClassVar[bool] = True
 
 
 @dataclass(frozen=True)

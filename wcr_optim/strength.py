@@ -164,7 +164,7 @@ def _concentrating(optimizer: Optimizer) -> Decoupled:
         below = below.base
     raise ValueError(
         f"{type(optimizer).__name__} has no decoupled penalty that could be driven; wrap it: "
-        f'WCR({type(optimizer).__name__}(...), form="scale_free")'
+        f'WCR({type(optimizer).__name__}(...), form="per_unit")'
     )
 
 

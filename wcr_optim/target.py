@@ -69,12 +69,12 @@ class SparsityTarget:
 
     The tail is the share of the weights' energy (sum of squares) that one-shot magnitude pruning at `sparsity` would
     remove. The object measures it every few steps and moves the strength by a bounded factor so that the tail's
-    logarithm falls evenly, from what it is at the start to `tail_energy` when 75 % of the run are over; from then on it
+    logarithm falls evenly, from what it is at the start to `tail_energy` when 60 % of the run are over; from then on it
     is held there, for as long as training goes on. It starts at a strength worked out from the weights and the
     learning rate, so the one given to the penalty matters only as a ratio between groups; groups with strength 0 are
     neither driven nor measured.
 
-        optimizer = WCR(torch.optim.SGD(param_groups(model), lr=0.1, momentum=0.9), form="scale_free")
+        optimizer = WCR(torch.optim.SGD(param_groups(model), lr=0.1, momentum=0.9), form="per_unit")
         target = SparsityTarget(optimizer, sparsity=0.95, total_steps=epochs * len(batches))
         for batch in batches:
             loss = ...
@@ -102,7 +102,7 @@ class SparsityTarget:
             "layer", every tensor on its own; each group then has a loop of its own, so put layers into groups
             (default: "global").
         start: Share of the run after which the tail begins to fall (default: 0.0).
-        end: Share of the run at which the tail shall be at its goal (default: 0.75).
+        end: Share of the run at which the tail shall be at its goal (default: 0.6).
         every: Steps between measurements; None measures 100 times in a run (default: None).
 
     Attributes:
@@ -124,7 +124,7 @@ class SparsityTarget:
         *,
         scope: str = "global",
         start: float = 0.0,
-        end: float = 0.75,
+        end: float = 0.6,
         every: int | None = None,
     ) -> None:
         for name, value in (("sparsity", sparsity), ("tail_energy", tail_energy)):
@@ -155,7 +155,7 @@ class SparsityTarget:
             warnings.warn(
                 "the preprint's form of WCR cannot be driven far: its threshold is the layer's mean magnitude and its "
                 "flow keeps that mean, so it amplifies the same share of the weights at any strength and the tail "
-                'saturates; WCR(base, form="scale_free") concentrates as far as asked',
+                'saturates; WCR(base, form="per_unit") concentrates as far as asked',
                 stacklevel=2,
             )
 
@@ -395,7 +395,7 @@ class SparsityTarget:
         warnings.warn(
             f"pruning at sparsity {self.sparsity:g} would still take {worst.tail:.3g} of the weights' energy, wanted "
             f"{self.tail_energy:g}: {why}. Ask for less sparsity, train longer, allow more dense cost, or drive "
-            f'WCR(base, form="scale_free")',
+            f'WCR(base, form="per_unit")',
             stacklevel=3,
         )
 

@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from wcr_optim import WCR, SparsityTarget
 from wcr_optim.tail import tail_energies
+from wcr_optim.units import shrink_units_, unit_moments
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch was built without torch.distributed")
 
@@ -36,7 +37,41 @@ def test_counts_of_shards_add_up():
     run_processes(_counts_add_up, 4)
 
 
-def _run(net, steps, rank=0, world_size=1, form="scale_free"):
+def _units(rank):
+    """Rows that are held whole need no other rank; rows that are cut are summed over those that hold a part."""
+    mesh, plane = init_device_mesh("cpu", (4,)), init_device_mesh("cpu", (2, 2))
+    a, b = torch.randn(6, 17, dtype=torch.float64), torch.randn(9, 2, 3, dtype=torch.float64).pow(3)
+    whole = torch.stack(list(unit_moments([a, b])))
+    shrunk = a.clone(), b.clone()
+    gain, threshold = torch.linspace(1, 2, 15), torch.linspace(0, 1, 15)
+    shrink_units_(shrunk, gain, threshold)
+    for placed in (
+        [distribute_tensor(a, mesh, [Shard(0)]), distribute_tensor(b, mesh, [Shard(1)])],
+        [distribute_tensor(a, plane, [Shard(1), Shard(0)]), distribute_tensor(b, plane, [Shard(0), Shard(2)])],
+        [distribute_tensor(a, plane, [Replicate(), Shard(1)]), distribute_tensor(b, mesh, [Replicate()])],
+    ):
+        rows = torch.cat([_rows_here(w, first) for w, first in zip(placed, (0, 6), strict=True)])
+        found = torch.stack(list(unit_moments(placed)))
+        torch.testing.assert_close(found, whole[:, rows])
+        shrink_units_(placed, gain[rows], threshold[rows])
+        for w, expected in zip(placed, shrunk, strict=True):
+            torch.testing.assert_close(w.full_tensor(), expected)
+
+
+def _rows_here(w, first):
+    """Find the rows that this rank holds by sharding their numbers alike."""
+    numbers = torch.arange(first, first + w.shape[0]).view(-1, *[1] * (w.ndim - 1)).expand(w.shape).contiguous()
+    by_rows = [
+        p if p.is_shard(0) else Replicate() for p in w.placements
+    ]  # a rank without columns has rows all the same
+    return distribute_tensor(numbers, w.device_mesh, by_rows).to_local().flatten(1)[:, 0]
+
+
+def test_units_over_ranks():
+    run_processes(_units, 4)
+
+
+def _run(net, steps, rank=0, world_size=1, form="per_unit"):
     groups = [{"params": [p for p in net.parameters() if p.ndim > 1]}]
     optimizer = WCR(torch.optim.AdamW(groups, lr=1e-2), form=form)
     target = SparsityTarget(optimizer, 0.7, steps, tail_energy=0.1, max_dense_cost=5.0, every=2)

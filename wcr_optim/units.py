@@ -1,0 +1,125 @@
+"""Output units as layers of their own: the moments of every row of a weight, and a gain and a threshold for each.
+
+A row, w[i] of a weight w, holds what one output unit (neuron, channel, attention feature) reads its inputs with. Every
+sum runs within a row, so weights that are sharded by rows, as FSDP2 shards them, need no communication at all.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from wcr_optim.layout import as_dtensor, local
+from wcr_optim.moments import CHUNK, Moments, accumulator, compute_dtype
+from wcr_optim.rounding import Noise
+from wcr_optim.shrink import DEVICE_CHUNK, shrink_piece_
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+
+@torch.no_grad()
+def unit_moments(layers: Sequence[Tensor]) -> Moments:
+    """Measure (n, mu, q) of every row of every weight.
+
+    Args:
+        layers: Weights of any floating dtype, shape and strides, at least one, all on one device. A row of a DTensor
+            that lies on several ranks is summed over them: all of them must call this.
+
+    Returns:
+        Moments of the rows that this rank holds, those of the first weight first, shape (rows,), in float64 where the
+        device has it. A weight of one dimension has rows of one element.
+
+    Raises:
+        ValueError: If a DTensor holds pending partial sums.
+
+    """
+    device = local(layers[0]).device
+    sums, lengths = [], []
+    for w in layers:
+        rows = _rows(w)
+        sums.append(torch.cat([_sums(part) for part in _pieces(rows)]) if rows.numel() else _no_sums(rows))
+        lengths.append(float(math.prod(w.shape[1:])))
+    sums = _over_ranks(sums, layers)
+    n = spread(torch.tensor(lengths, dtype=accumulator(device)).to(device, non_blocking=True), layers)
+    mu, q = (torch.cat(sums) / n.clamp(min=1).unsqueeze(1)).unbind(1)
+    return Moments(n, mu, q)
+
+
+@torch.no_grad()
+def shrink_units_(
+    layers: Sequence[Tensor], gain: Tensor, threshold: Tensor, *, seed: int | Tensor | None = None
+) -> None:
+    """Shrink every row in place: w[i] <- gain[i] * sign(w[i]) * max(|w[i]| - threshold[i], 0).
+
+    Args:
+        layers: Weights as for `unit_moments`; a DTensor's local part is written.
+        gain: Factors, shape (rows,), in the order of `unit_moments`.
+        threshold: Thresholds, shape (rows,), in units of a weight, not negative.
+        seed: Rounds bfloat16 and float16 weights stochastically, reproducibly for equal seeds; None rounds them to
+            nearest (default: None).
+
+    """
+    rows = [_rows(w) for w in layers]
+    narrow = [part.numel() for w in rows if w.element_size() < 4 for part in _pieces(w)]
+    noise = Noise(int(seed), max(narrow), rows[0].device) if seed is not None and narrow else None
+    sizes = [len(w) for w in rows]
+    for w, g, t in zip(rows, torch.split(gain, sizes), torch.split(threshold, sizes), strict=True):
+        dtype, first = compute_dtype(w), 0
+        for piece in _pieces(w):
+            span = slice(first, first + len(piece))
+            shape = (-1, *[1] * (w.ndim - 1))
+            shrink_piece_(piece, g[span].to(dtype).view(shape), t[span].to(dtype).view(shape), None, noise)
+            first = span.stop
+
+
+def spread(values: Tensor, layers: Sequence[Tensor]) -> Tensor:
+    """Repeat each weight's value for each of its rows on this rank: (layers,) becomes (rows,)."""
+    return torch.cat([x.expand(len(_rows(w))) for x, w in zip(values.unbind(), layers, strict=True)])
+
+
+def _rows(w: Tensor) -> Tensor:
+    part = local(w)
+    return part if part.ndim > 1 else part.reshape(-1, 1)
+
+
+def _pieces(rows: Tensor) -> Iterator[Tensor]:
+    """Cut a weight into whole rows, as many as fit a chunk."""
+    chunk = CHUNK if rows.device.type == "cpu" else DEVICE_CHUNK
+    yield from torch.split(rows, max(1, chunk // max(1, math.prod(rows.shape[1:]))))
+
+
+def _sums(rows: Tensor) -> Tensor:
+    """Sum m = |w| and m^2 over each row, shape (rows, 2)."""
+    m, to = rows.to(compute_dtype(rows)).abs().flatten(1), accumulator(rows.device)
+    return torch.stack([m.sum(1, dtype=to), m.square().sum(1, dtype=to)], dim=1)
+
+
+def _no_sums(rows: Tensor) -> Tensor:
+    return torch.zeros(len(rows), 2, dtype=accumulator(rows.device), device=rows.device)
+
+
+def _over_ranks(sums: list[Tensor], layers: Sequence[Tensor]) -> list[Tensor]:
+    """Add up the rows that are cut: one all-reduce for every mesh dimension that does so, for all weights together."""
+    cut: defaultdict[tuple[DeviceMesh, int], list[int]] = defaultdict(list)
+    for index, w in enumerate(layers):
+        sharded = as_dtensor(w)
+        for dim, placement in enumerate(sharded.placements if sharded is not None else ()):
+            if placement.is_partial():
+                raise ValueError(
+                    f"weights of shape {tuple(w.shape)} hold pending partial sums; redistribute them first"
+                )
+            if sharded is not None and not placement.is_replicate() and getattr(placement, "dim", None) != 0:
+                cut[sharded.device_mesh, dim].append(index)
+    for (mesh, dim), indices in cut.items():
+        together = torch.cat([sums[index] for index in indices])
+        torch.distributed.all_reduce(together, group=mesh.get_group(dim))
+        parts = torch.split(together, [len(sums[index]) for index in indices])
+        for index, part in zip(indices, parts, strict=True):
+            sums[index] = part
+    return sums
