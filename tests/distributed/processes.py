@@ -7,6 +7,7 @@ import os
 import tempfile
 import warnings
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -48,7 +49,9 @@ def _process(
 ) -> None:
     warnings.simplefilter("error")
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=world_size)
+    # Ranks that disagree on what to exchange fail instead of waiting for each other.
+    patience = timedelta(seconds=120)
+    dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=world_size, timeout=patience)
     try:
         torch.manual_seed(0)
         body(rank, *arguments)
