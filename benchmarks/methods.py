@@ -39,11 +39,12 @@ PENALTIES: dict[str, Callable[[Optimizer, float], Optimizer]] = {
     "wcr": WCR,
     "scale_free": lambda base, strength: WCR(base, strength, form="scale_free"),
     "relative": lambda base, strength: WCR(base, strength, form="relative"),
+    "per_unit": lambda base, strength: WCR(base, strength, form="per_unit"),
     "wcr_in_loss": lambda base, strength: InLoss(base, InverseVariance(), strength),
     "wcr_explicit": lambda base, strength: ExplicitStep(base, InverseVariance(), strength),
     "scale_free_in_loss": lambda base, strength: InLoss(base, ScaleFree(), strength),
     "scale_free_explicit": lambda base, strength: ExplicitStep(base, ScaleFree(), strength),
-    "target": lambda base, strength: WCR(base, strength or 1e-3, form="scale_free"),
+    "target": lambda base, strength: WCR(base, strength or 1e-3, form="per_unit"),
 }
 PRUNING = ("random", "gradual")
 """Other ways to prune than once by magnitude: at random, or step by step during training (not one-shot)."""
@@ -64,6 +65,7 @@ LABELS = {
     "wcr": "WCR",
     "scale_free": "scale-free WCR",
     "relative": "relative WCR",
+    "per_unit": "per-unit WCR",
     "target": "SparsityTarget",
     "prox": "ProxLasso (torchao)",
     "random": "pruned at random",

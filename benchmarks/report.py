@@ -165,7 +165,7 @@ def verdict(rows: Rows, task: str) -> str:
             for m in tested(rows, task)
             if Method.of(m).pruning is None and (c := cell(rows, task, m, goal, careful=True)) is not None
         }
-        ours = {m: c for m, c in found.items() if Method.of(m).penalty in ("wcr", "scale_free", "relative", "target")}
+        ours = {m: c for m, c in found.items() if Method.of(m).penalty in ("wcr", "scale_free", "relative", "per_unit", "target")}
         others = {m: c for m, c in found.items() if m not in ours}
         if not ours or not others:
             continue

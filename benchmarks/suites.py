@@ -28,7 +28,7 @@ SUITES = {
     "language": ("language",),
     "segmentation": ("mosaics", "tissue"),
 }
-PENALTIES = ("l1", "l2", "hoyer", "wcr", "scale_free", "target")
+PENALTIES = ("l1", "l2", "hoyer", "wcr", "scale_free", "per_unit", "target")
 
 
 def main(suite: str, argv: Sequence[str] | None = None) -> int:

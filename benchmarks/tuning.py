@@ -21,6 +21,7 @@ LOWEST: dict[str, dict[str, float]] = {
         "wcr": 3e-4,
         "scale_free": 1e-4,
         "relative": 1e-1,
+        "per_unit": 1e-5,
         "prox": 3e-5,
     },
     "adamw": {
@@ -30,6 +31,7 @@ LOWEST: dict[str, dict[str, float]] = {
         "wcr": 1e-2,
         "scale_free": 1e-3,
         "relative": 3e-1,
+        "per_unit": 1e-4,
         "prox": 3e-3,
     },
 }
