@@ -149,7 +149,7 @@ def _targeted(trial: Trial, base: Optimizer, steps: int) -> tuple[Optimizer, Any
     else:
         for group in base.param_groups[:1]:
             group["weight_concentration"] = 1e-3
-        optimizer = WCR(base, form=form or "scale_free")
+        optimizer = WCR(base, form=form or "per_unit")
     return optimizer, SparsityTarget(optimizer, trial.goal, steps, **options)
 
 
@@ -310,7 +310,7 @@ def cost() -> str:
         task = tasks.task(name)
         network = task.model(0)
         groups = param_groups(network, exclude=task.exclude)
-        optimizer = WCR(torch.optim.AdamW(groups), form="scale_free")
+        optimizer = WCR(torch.optim.AdamW(groups), form="per_unit")
         target = SparsityTarget(optimizer, total_steps=10_000)
         batch = next(task.batches(0, 1, 1))
 

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from wcr_optim.layout import as_dtensor, local
 from wcr_optim.moments import CHUNK, Moments, accumulator, compute_dtype
-from wcr_optim.rounding import Noise
-from wcr_optim.shrink import DEVICE_CHUNK, shrink_piece_
+from wcr_optim.rounding import Noise, round_to
+from wcr_optim.shrink import DEVICE_CHUNK
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -74,7 +74,12 @@ def shrink_units_(
         for piece in _pieces(w):
             span = slice(first, first + len(piece))
             shape = (-1, *[1] * (w.ndim - 1))
-            shrink_piece_(piece, g[span].to(dtype).view(shape), t[span].to(dtype).view(shape), None, noise)
+            x = piece.to(dtype)
+            # Not w - clamp(w, -t, t) as for whole layers: torch's clamp is slow where the bounds are tensors.
+            m = x.abs().sub_(t[span].to(dtype).view(shape)).clamp_(min=0).mul_(g[span].to(dtype).view(shape))
+            torch.copysign(m, x, out=x)
+            if x is not piece:
+                piece.copy_(round_to(x, piece.dtype, noise, piece))
             first = span.stop
 
 
@@ -95,9 +100,15 @@ def _pieces(rows: Tensor) -> Iterator[Tensor]:
 
 
 def _sums(rows: Tensor) -> Tensor:
-    """Sum m = |w| and m^2 over each row, shape (rows, 2)."""
-    m, to = rows.to(compute_dtype(rows)).abs().flatten(1), accumulator(rows.device)
-    return torch.stack([m.sum(1, dtype=to), m.square().sum(1, dtype=to)], dim=1)
+    """Sum m = |w| and m^2 over each row, shape (rows, 2).
+
+    By way of m - mean(m): its sums may run in the weights' own precision, since V = q - mu^2 then cancels nothing.
+    """
+    m, to = rows.to(compute_dtype(rows)).flatten(1).abs(), accumulator(rows.device)
+    n, centre = m.shape[1], m.mean(1)
+    deviation = m.sub_(centre.unsqueeze(1)).sum(1).to(to)
+    squares, centre = m.square_().sum(1).to(to), centre.to(to)
+    return torch.stack([deviation + n * centre, squares + centre * (2 * deviation + n * centre)], dim=1)
 
 
 def _no_sums(rows: Tensor) -> Tensor:
