@@ -205,7 +205,10 @@ class TestOptimizer:
 
     def test_is_what_its_formula_says(self):
         net = self.net()
-        found = metrics.optimizer_concentration(WCR(torch.optim.SGD(net.parameters(), lr=0.1)))
+        optimizer = WCR(torch.optim.SGD(net.parameters(), lr=0.1))
+        found = metrics.optimizer_concentration(optimizer)
+        assert torch.equal(optimizer.concentration(), found)
+        assert torch.equal(SAM(optimizer).concentration(), found), "through the chain"
         m = net[0].weight.detach().double().abs()
         assert found[0].item() == pytest.approx((m.var(correction=0) / m.square().mean()).item(), rel=1e-6)
         assert found[0].item() == pytest.approx(1 - 2 / math.pi, abs=5e-3)

@@ -207,17 +207,9 @@ def optimizer_concentration(optimizer: Optimizer) -> Tensor:
 
 
 def _penalized(optimizer: Optimizer) -> list[Tensor]:
-    from wcr_optim.decoupled import Decoupled  # whose methods use this module
-    from wcr_optim.penalties import L2
+    from wcr_optim.strength import concentrating  # which comes after the optimizers, and they after this
 
-    below: Any = optimizer
-    while not isinstance(below, Decoupled) or isinstance(below.penalty, L2):
-        below = getattr(below, "base", None) or getattr(below, "optimizer", None)
-        if below is None:
-            raise ValueError(
-                f"{type(optimizer).__name__} has no decoupled penalty whose weights could be measured; wrap it, "
-                "WCR(optimizer), with strength 0 if need be, or measure a model with metrics.concentration(model)"
-            )
+    below = concentrating(optimizer)
     penalty = below.penalty
     # A strength on a device is not read: that would wait for it.
     having = [

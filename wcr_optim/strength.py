@@ -32,7 +32,7 @@ class Strengths:
     """
 
     def __init__(self, optimizer: Optimizer) -> None:
-        self.decoupled = _concentrating(optimizer)
+        self.decoupled = concentrating(optimizer)
         self.option = self.decoupled.penalty.option
         self.given = [_number(group[self.option]) for group in self.groups]
         self.reference = max(self.given)
@@ -153,17 +153,24 @@ def check_total_steps(total_steps: int | None) -> int:
     return total_steps
 
 
-def _concentrating(optimizer: Optimizer) -> Decoupled:
-    """Return the outermost decoupled penalty but for weight decay, which changes no weight's share of the energy."""
+def concentrating(optimizer: Optimizer) -> Decoupled:
+    """Return the outermost decoupled penalty but for weight decay, which changes no weight's share of the energy.
+
+    An optimizer that Accelerate has prepared is looked through.
+
+    Raises:
+        TypeError: If it is no optimizer.
+        ValueError: If there is no such penalty in its chain.
+    """
     if not isinstance(optimizer, Optimizer):
         raise TypeError(f"expected an optimizer instance, got {optimizer!r}")
-    below: Optimizer = optimizer
-    while isinstance(below, OptimizerWrapper):
+    below: Any = optimizer
+    while below is not None:
         if isinstance(below, Decoupled) and not isinstance(below.penalty, L2):
             return below
-        below = below.base
+        below = below.base if isinstance(below, OptimizerWrapper) else getattr(below, "optimizer", None)
     raise ValueError(
-        f"{type(optimizer).__name__} has no decoupled penalty that could be driven; wrap it: "
+        f"{type(optimizer).__name__} has no decoupled penalty that could be driven or measured; wrap it: "
         f'WCR({type(optimizer).__name__}(...), form="per_unit")'
     )
 

@@ -230,6 +230,21 @@ class OptimizerWrapper(Optimizer):
         with self.base.true_weights() if isinstance(self.base, OptimizerWrapper) else nullcontext():
             yield
 
+    def concentration(self) -> Tensor:
+        """Measure how concentrated each layer under the penalty is, as `metrics.optimizer_concentration` says.
+
+        Nothing waits for a device until the result is read.
+
+        Returns:
+            The share of each layer's energy that is variance of its magnitudes, shape (layers,).
+
+        Raises:
+            ValueError: If there is no penalty in the chain.
+        """
+        from wcr_optim.metrics import optimizer_concentration  # which comes after the optimizers
+
+        return optimizer_concentration(self)
+
     def state_dict(self) -> dict[str, Any]:
         """Return the base's state_dict, the options in its groups included."""
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():

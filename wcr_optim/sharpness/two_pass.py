@@ -367,7 +367,8 @@ class TwoPass(OptimizerWrapper):
             raise RuntimeError(
                 f"{name}.step() without a closure would be a step of {type(self.base).__name__} alone: "
                 f"call step(closure), or first_step() and second_step() after a backward each; in Lightning, add "
-                f"wcr_optim.integrations.lightning.SharpnessCallback() to the trainer"
+                f"wcr_optim.integrations.lightning.SharpnessCallback() to the trainer; in a loop that takes no closure "
+                f"(transformers' Trainer), use SSAM"
             )
 
     def _steps(self) -> int:
