@@ -9,7 +9,8 @@ which gloo's ranks would look for the dead ones' addresses.
 
 What weight concentration adds to a usual FSDP2 script is marked with (1) to (4). The model has the shape of a Llama:
 RMS norms, causal attention, gated MLP. It reads bytes of the Python standard library's source. In one run of the
-command above it ended at 3.65 bits per byte dense and 3.70 pruned at 80 %; AdamW alone, the same otherwise, at 3.57 and 4.01.
+command above it ended at 3.65 bits per byte dense and 3.70 pruned at 80 %; AdamW alone, the same otherwise,
+at 3.57 and 4.01.
 """
 
 from __future__ import annotations
