@@ -17,7 +17,7 @@ bench-quick: $(VENV)/.bench
 	for suite in vision language segmentation; do $(BIN)/python -m benchmarks $$suite --quick || exit 1; done
 
 docs: $(VENV)/.test
-	$(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
