@@ -71,13 +71,13 @@ class LossTrend:
         """
         if math.isnan(mean):
             return 0.0
+        if math.isinf(mean):  # before all else: what is above infinity would never be found out
+            return math.inf
         if math.isnan(self.smooth):
             self.smooth = self.best = self.first = mean
             return 0.0
-        if math.isinf(mean):
-            return math.inf
         difference = mean - self.smooth
-        self._squares += SMOOTHING * (difference**2 - self._squares)
+        self._squares += SMOOTHING * (difference * difference - self._squares)  # a power would raise OverflowError
         self._windows += 1
         self.smooth += SMOOTHING * difference
         if self.smooth <= self.best or self._windows <= SETTLING:  # the noise of before a rise: the rise itself is none
