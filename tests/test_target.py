@@ -118,6 +118,18 @@ class TestControl:
         fit(net, optimizer, target, 10)
         assert target.last_tail < 1e-6
 
+    def test_a_network_that_is_sparse_already_is_not_driven_below_the_goal(self):
+        net = student()
+        with torch.no_grad():
+            for p in net.parameters():
+                p[p.abs() < p.abs().flatten().quantile(0.95)] = 0
+        optimizer = WCR(BASES["sgd"](param_groups(net), lr=1e-3), form="per_unit")
+        target = SparsityTarget(optimizer, 0.9, 50)
+        fit(net, optimizer, target, 50)
+        assert target.history[0][1] < 1e-12
+        assert 1e-12 < target.last_tail < target.tail_energy  # training fills zeros, by far less than is allowed
+        assert target.strengths()[0] <= target._loops[0].first_level
+
     def test_weights_that_overflow_for_a_moment_change_nothing(self):
         net = student()
         optimizer = WCR(BASES["sgd"](param_groups(net)), form="per_unit")

@@ -191,9 +191,12 @@ class SparsityTarget:
 
     def path(self, first_tail: float) -> float:
         """Return the tail wanted at the present step of a run that began with a given one."""
+        if first_tail <= self.tail_energy:
+            return (
+                self.tail_energy
+            )  # a network that is sparse already: whatever it rises by below the goal is no excess
         progress = (self.steps / self.total_steps - self.start) / (self.end - self.start)
-        goal = min(self.tail_energy, first_tail)
-        return first_tail * math.pow(goal / first_tail, min(max(progress, 0.0), 1.0))
+        return first_tail * math.pow(self.tail_energy / first_tail, min(max(progress, 0.0), 1.0))
 
     def state_dict(self) -> dict[str, Any]:
         """Return what `load_state_dict` needs to go on exactly: numbers, strings and lists of them."""
