@@ -192,9 +192,7 @@ class SparsityTarget:
     def path(self, first_tail: float) -> float:
         """Return the tail wanted at the present step of a run that began with a given one."""
         if first_tail <= self.tail_energy:
-            return (
-                self.tail_energy
-            )  # a network that is sparse already: whatever it rises by below the goal is no excess
+            return self.tail_energy  # a network that is sparse already: what it rises by below the goal is no excess
         progress = (self.steps / self.total_steps - self.start) / (self.end - self.start)
         return first_tail * math.pow(self.tail_energy / first_tail, min(max(progress, 0.0), 1.0))
 
