@@ -210,6 +210,21 @@ def test_foreach_sums_are_the_same():
     torch.testing.assert_close(sums, torch.stack(moments(layers)[1:], dim=1) * n.unsqueeze(1), rtol=1e-6, atol=0)
 
 
+def test_torchs_default_dtype_and_device_do_not_matter(backend, set_default):
+    finals = []
+    for prepare in (lambda: None, set_default):
+        params = [p for dtype in DTYPES for p in layers(dtype)]
+        grads = [p.detach().cos() for p in params]
+        optimizer = WCR(torch.optim.SGD(params, lr=0.1), 1e-2, backend=backend)
+        prepare()
+        for _ in range(3):
+            for p, grad in zip(params, grads, strict=True):
+                p.grad = grad
+            optimizer.step()
+        finals.append(params)
+    assert all(map(torch.equal, *finals))
+
+
 # --- which one runs --------------------------------------------------------------------------------------------------
 
 

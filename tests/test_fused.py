@@ -354,6 +354,20 @@ def test_bf16_steps_stay_within_rounding_of_the_unfused_ones(net_of, backend):
     assert_close(*nets, rtol=0.02, atol=5e-3)
 
 
+@pytest.mark.parametrize(("cls", "options"), [(AdamW, {}), (SGD, {"momentum": 0.9})])
+def test_torchs_default_dtype_and_device_do_not_matter(backend, set_default, cls, options):
+    device = DEVICE if backend == "triton" else "cpu"
+    nets = [nn.ParameterList([torch.linspace(-1, 1, 600, device=device).view(20, 30)]) for _ in range(2)]
+    for net, prepare in zip(nets, (lambda: None, set_default), strict=True):
+        opt = make(cls, net, backend, **options)
+        prepare()
+        for _ in range(4):
+            net[0].grad = net[0].detach().cos()
+            opt.step()
+        assert opt.base._known
+    assert torch.equal(*(net[0] for net in nets))
+
+
 def test_an_interrupted_step_leaves_nothing_to_the_next(net_of, backend):
     net, plain = net_of(), net_of()
     opt, reference = make(AdamW, net, backend), unfused(AdamW, plain)

@@ -59,7 +59,7 @@ def fuses(w: Tensor) -> bool:
 
 def sums(parts: Sequence[Tensor]) -> Tensor:
     """Sum m = |w| and m^2 of plain CPU tensors, shape (layers, 2), float64."""
-    result = torch.zeros(len(parts), 2, dtype=torch.float64)
+    result = torch.zeros(len(parts), 2, dtype=torch.float64, device="cpu")
     for dtype, index in _by_dtype(parts).items():
         layers = [parts[i] for i in index]
         result[index] = eager_sums(layers) if dtype is None else _call("wcr_sums", [layers])
@@ -114,10 +114,11 @@ def _fused(
     constants: Sequence[float],
     seed: int | Tensor | None,
 ) -> Tensor:
-    result = torch.zeros(len(coefficients), 2, dtype=torch.float64)
+    result = torch.zeros(len(coefficients), 2, dtype=torch.float64, device="cpu")
+    numbers = torch.tensor(constants, dtype=torch.float32, device="cpu")
     for index in _by_dtype(streams[0]).values():
         own = [[stream[i] for i in index] for stream in streams]
-        result[index] = _call(function, own, *_rounding(seed), coefficients[index], torch.tensor(constants))
+        result[index] = _call(function, own, *_rounding(seed), coefficients[index], numbers)
     _written(streams[0], *streams[2:])
     return result
 
@@ -135,9 +136,10 @@ def _call(function: str, streams: Sequence[Sequence[Tensor]], *arguments: Any) -
     layers = streams[0]
     numbers = [w.numel() for w in layers]
     *first, blocks = accumulate([-(-n // BLOCK) for n in numbers], initial=0)
-    addresses = torch.tensor([[w.data_ptr() for w in stream] for stream in streams])
-    tables = [addresses, torch.tensor(numbers), torch.tensor(first)]
-    partial, result = (torch.zeros(rows, 2, dtype=torch.float64) for rows in (blocks, len(layers)))
+    addresses = [[w.data_ptr() for w in stream] for stream in streams]
+    # Nothing that C++ reads may follow torch's default device or dtype.
+    tables = [torch.tensor(table, dtype=torch.int64, device="cpu") for table in (addresses, numbers, first)]
+    partial, result = (torch.zeros(rows, 2, dtype=torch.float64, device="cpu") for rows in (blocks, len(layers)))
     pointers = [table.data_ptr() for table in (*tables, partial, result)]
     described = Layers(len(layers), blocks, torch.get_num_threads(), layers[0].dtype == torch.bfloat16, *pointers)
     library = _library(os.environ.get("CXX"))

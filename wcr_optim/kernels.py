@@ -534,10 +534,11 @@ def _table(numbers: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tens
     programs = [-(-n // CHUNK) for n in numbers]
 
     def table() -> Tensor:
-        return torch.tensor([numbers, tuple(accumulate([0, *programs[:-1]]))])
+        return torch.tensor([numbers, tuple(accumulate([0, *programs[:-1]]))], device="cpu")
 
     def layer_of() -> Tensor:
-        return torch.arange(len(numbers), dtype=torch.int32).repeat_interleave(torch.tensor(programs))
+        layers = torch.arange(len(numbers), dtype=torch.int32, device="cpu")
+        return layers.repeat_interleave(torch.tensor(programs, device="cpu"))
 
     return keep(("table", numbers), device, table), keep(("layer_of", numbers), device, layer_of)
 

@@ -66,7 +66,7 @@ def moments(tensors: Iterable[Tensor], smoothing: float = 0.0, *, backend: str =
     """
     layers = list(tensors)
     if not layers:
-        return Moments(*torch.empty(3, 0, dtype=torch.float64).unbind())
+        return Moments(*torch.empty(3, 0, dtype=torch.float64, device="cpu").unbind())
     parts = [local(w) for w in layers]
     if smoothing or torch.compiler.is_compiling() or (torch.is_grad_enabled() and any(w.requires_grad for w in parts)):
         sums = torch.stack([_differentiable_sums(flat(w), smoothing) for w in parts])
@@ -118,7 +118,7 @@ def eager_sums(parts: Sequence[Tensor]) -> Tensor:
         n = w.numel()
         if n > 1 and squares - total * total / n < CANCELS * squares:
             sums[i] = _centred_sums(w, total / n)
-    return torch.tensor(sums, dtype=torch.float64)
+    return torch.tensor(sums, dtype=torch.float64, device="cpu")
 
 
 def foreach_sums(parts: Sequence[Tensor]) -> Tensor:
@@ -143,7 +143,7 @@ def chunk_buffer(w: Tensor, buffers: dict[torch.dtype, Tensor]) -> Tensor:
     """Return the one buffer of a chunk's size for arithmetic on a layer's chunks."""
     dtype = compute_dtype(w)
     if dtype not in buffers:
-        buffers[dtype] = torch.empty(CHUNK, dtype=dtype)
+        buffers[dtype] = torch.empty(CHUNK, dtype=dtype, device="cpu")
     return buffers[dtype]
 
 
@@ -157,7 +157,7 @@ def _packed_sums(layers: Sequence[Tensor]) -> list[list[float]]:
     magnitudes = packed.rows.abs_()
     sums = magnitudes.sum(1).double()
     by_row = torch.stack([sums, magnitudes.square_().sum(1).double()], dim=1)
-    by_layer = torch.zeros(len(layers), 2, dtype=torch.float64).index_add_(0, packed.layer, by_row)
+    by_layer = torch.zeros(len(layers), 2, dtype=torch.float64, device="cpu").index_add_(0, packed.layer, by_row)
     result: list[list[float]] = by_layer.tolist()
     return result
 

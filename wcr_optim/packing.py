@@ -25,8 +25,8 @@ class Packed:
     def __init__(self, layers: Sequence[Tensor], dtype: torch.dtype) -> None:
         lengths = [w.numel() for w in layers]
         heights = [-(-n // ROW) for n in lengths]
-        self.rows = torch.zeros(sum(heights), ROW, dtype=dtype)
-        self.layer = torch.arange(len(layers)).repeat_interleave(torch.tensor(heights))
+        self.rows = torch.zeros(sum(heights), ROW, dtype=dtype, device="cpu")
+        self.layer = torch.arange(len(layers), device="cpu").repeat_interleave(torch.tensor(heights, device="cpu"))
         sizes = [k for n, h in zip(lengths, heights, strict=True) for k in (n, h * ROW - n)]
         parts = torch.split(self.rows.view(-1), sizes)
         self.sources = [w if w.is_contiguous() else in_memory_order(w) for w in layers]

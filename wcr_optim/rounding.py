@@ -93,7 +93,7 @@ def stochastic_round(w: Tensor, dtype: torch.dtype, source: torch.Generator | Te
     spacing = (w.view(torch.int32) & exponent_bits).view(torch.float32) * info.eps
     spacing.clamp_(min=info.smallest_normal * info.eps)  # subnormal numbers are evenly spaced
     dropped = 23 - mantissa
-    z = (bits >> (BITS - dropped)) / 2**dropped
+    z = (bits >> (BITS - dropped)).float() / 2**dropped
     return torch.floor(w / spacing + z) * spacing
 
 

@@ -16,7 +16,7 @@ _in_graphs: list[Tensor] = []
 
 def upload(values: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Return numbers as a tensor on a device; not to be written, since equal requests share it."""
-    return keep((values, dtype), device, lambda: torch.tensor(values, dtype=dtype))
+    return keep((values, dtype), device, lambda: torch.tensor(values, dtype=dtype, device="cpu"))
 
 
 def keep(key: Hashable, device: torch.device, make: Callable[[], Tensor]) -> Tensor:
