@@ -147,17 +147,28 @@ def within_tolerance(task: str, dense: float, baseline: float) -> bool:
 def validation_means(
     rows: Rows, task: str, method: str, options: str = ""
 ) -> dict[tuple[float, float], dict[float, float]]:
-    """Return the means over seeds at each sparsity, by strength and rho, of the runs with the given options."""
+    """Return the means over seeds at each sparsity, by strength and rho, of the runs with the given options.
+
+    Those of which a run diverged, for any seed, are left out.
+    """
     kind = tasks.task(task)
     found: dict[tuple[float, float], dict[float, list[float]]] = {}
+    diverged = set()
     for row in rows:
-        if (row["task"], row["method"], row["split"]) != (task, method, "validation") or row["metric"] != kind.metric:
+        if (row["task"], row["method"], row["split"], row["options"]) != (task, method, "validation", options):
             continue
-        if row["scope"] == "global" and row["options"] == options:
-            at = found.setdefault((float(row["strength"]), float(row["rho"])), {})
-            at.setdefault(float(row["sparsity"]), []).append(float(row["value"]))
+        pair = (float(row["strength"]), float(row["rho"]))
+        if failed(row):
+            diverged.add(pair)
+        elif row["metric"] == kind.metric and row["scope"] == "global":
+            found.setdefault(pair, {}).setdefault(float(row["sparsity"]), []).append(float(row["value"]))
     return {
         pair: {sparsity: statistics.mean(values) for sparsity, values in at.items()}
         for pair, at in found.items()
-        if all(value == value for values in at.values() for value in values)
+        if pair not in diverged  # the seeds that went well do not speak for the others
     }
+
+
+def failed(row: Mapping[str, str]) -> bool:
+    """Say whether a row is all that there is of a run that raised, or has no number for a value."""
+    return row["value"] in ("", "nan")

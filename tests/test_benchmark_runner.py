@@ -132,6 +132,18 @@ def test_a_diverged_run_stays_in_the_file_and_chooses_nothing():
     assert tuning.validation_means([{k: str(v) for k, v in row.items()}], "digits_mlp", "sgd", "lr=1e9") == {}
 
 
+def diverged(method, strength, seed=0, split="validation"):
+    (row, *_) = rows_of(method, strength, {0.0: ""}, seed, split)
+    return [row | {"metric": "", "sparsity": "", "scope": "", "recalibrated": "", "warned": "ValueError: NaN"}]
+
+
+@pytest.mark.parametrize("other", [diverged("sgd+wcr", 1e-2, 1), rows_of("sgd+wcr", 1e-2, {0.0: "nan"}, 1)])
+def test_a_strength_that_diverged_with_one_seed_is_not_chosen_for_what_the_others_reached(other):
+    good = [*rows_of("sgd+wcr", 1e-3, accuracies(97.8, 80.0)), *rows_of("sgd+wcr", 1e-2, accuracies(97.0, 90.0))]
+    assert tuning.chosen(good, "digits_mlp", "sgd+wcr", 0.95) == (1e-2, 0.0)
+    assert tuning.chosen(good + other, "digits_mlp", "sgd+wcr", 0.95) == (1e-3, 0.0)
+
+
 def test_filled_puts_text_between_the_markers_of_its_name_only():
     page = "a\n<!-- table: x -->\nold\n<!-- end -->\nb\n<!-- table: xy -->\nkept\n<!-- end -->\n"
     once = report.filled(page, "x", "new \\1")
