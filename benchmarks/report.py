@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
 import statistics
 from collections.abc import Mapping, Sequence
@@ -34,17 +35,19 @@ class Cell:
         dense: As values.
         strength: That of the penalty, or rho where that was searched; None where nothing was.
         cost: Means of seconds, gradient evaluations and sharpness.
+        failed: How many more runs diverged or raised, and have no value.
     """
 
     values: tuple[float, ...]
     dense: tuple[float, ...]
     strength: float | None
     cost: Mapping[str, float]
+    failed: int = 0
 
     @property
     def mean(self) -> float:
-        """Mean over seeds."""
-        return statistics.mean(self.values)
+        """Mean over seeds, NaN if all runs failed."""
+        return statistics.mean(self.values or (math.nan,))
 
     @property
     def spread(self) -> float:
@@ -54,7 +57,7 @@ class Cell:
     @property
     def dense_mean(self) -> float:
         """Mean of the dense values."""
-        return statistics.mean(self.dense)
+        return statistics.mean(self.dense or (math.nan,))
 
 
 def cell(rows: Rows, task: str, method: str, goal: float, *, careful: bool = False) -> Cell | None:
@@ -75,17 +78,22 @@ def cell(rows: Rows, task: str, method: str, goal: float, *, careful: bool = Fal
         if pair is None:
             return None
     runs: dict[str, dict[float, Mapping[str, str]]] = {}
+    failed = set()
     for row in rows:
-        if (row["task"], row["method"], row["split"], row["metric"]) != (task, method, "test", kind.metric):
-            continue
-        if row["scope"] != "global" or (row["recalibrated"] == "False" and kind.calibration is not None):
+        if (row["task"], row["method"], row["split"]) != (task, method, "test"):
             continue
         if pair is not None and (float(row["strength"]), float(row["rho"])) != pair:
             continue
-        if not parts.has_goal or float(row["goal"]) == goal:
+        if parts.has_goal and float(row["goal"]) != goal:
+            continue
+        if tuning.failed(row):
+            failed.add(row["seed"])
+            continue
+        as_wanted = row["recalibrated"] != "False" or kind.calibration is None
+        if row["metric"] == kind.metric and row["scope"] == "global" and as_wanted:
             runs.setdefault(row["seed"], {})[float(row["sparsity"])] = row
-    whole = [run for run in runs.values() if goal in run and 0.0 in run]
-    if not whole:
+    whole = [run for seed, run in runs.items() if goal in run and 0.0 in run and seed not in failed]
+    if not whole and not failed:
         return None
     cost = {
         name: statistics.mean([float(run[goal][name]) for run in whole if run[goal][name]] or [float("nan")])
@@ -93,7 +101,7 @@ def cell(rows: Rows, task: str, method: str, goal: float, *, careful: bool = Fal
     }
     searched = None if pair is None else pair[0] if parts.searched == "strength" else pair[1]
     values, dense = (tuple(float(run[at]["value"]) for run in whole) for at in (goal, 0.0))
-    found = Cell(values, dense, searched, cost)
+    found = Cell(values, dense, searched, cost, len(failed))
     if careful:
         baseline = cell(rows, task, parts.base, goal)
         if baseline is None or not tuning.within_tolerance(task, found.dense_mean, baseline.dense_mean):
@@ -109,7 +117,7 @@ def table(rows: Rows, task: str, *, careful: bool = False) -> str:
     one_shot = [m for m in methods if Method.of(m).pruning is None]
     best = []
     for k in range(len(kind.goals)):
-        means = [found.mean for m in one_shot if (found := cells[m][k]) is not None]
+        means = [found.mean for m in one_shot if (found := cells[m][k]) is not None and found.values]
         best.append(kind.best(means) if means else None)
     head = [f"{100 * goal:g} % (dense)" for goal in kind.goals]
     lines = [
@@ -142,7 +150,10 @@ def _cell_text(kind: tasks.Task, found: Cell | None, is_best: bool) -> str:
     value = f"**{value}**" if is_best else value
     spread = f" ± {found.spread:.{places}f}" if len(found.values) > 1 else ""
     at = "" if found.strength is None else f" at {found.strength:g}"
-    return f"{value}{spread} ({found.dense_mean:.{places}f}){at}"
+    if not found.values:
+        return f"diverged{at}"
+    failed = f", {found.failed} of {found.failed + len(found.values)} diverged" if found.failed else ""
+    return f"{value}{spread} ({found.dense_mean:.{places}f}){at}{failed}"
 
 
 def _costs(row: Sequence[Cell | None]) -> list[str]:
@@ -165,7 +176,11 @@ def verdict(rows: Rows, task: str) -> str:
             for m in tested(rows, task)
             if Method.of(m).pruning is None and (c := cell(rows, task, m, goal, careful=True)) is not None
         }
-        ours = {m: c for m, c in found.items() if Method.of(m).penalty in ("wcr", "scale_free", "relative", "per_unit", "target")}
+        ours = {
+            m: c
+            for m, c in found.items()
+            if Method.of(m).penalty in ("wcr", "scale_free", "relative", "per_unit", "target")
+        }
         others = {m: c for m, c in found.items() if m not in ours}
         if not ours or not others:
             continue
@@ -211,11 +226,12 @@ def summary(rows: Rows) -> dict[str, Any]:
                     one = cell(rows, task, method, goal, careful=careful)
                     if one is not None:
                         entry = {
-                            "mean": round(one.mean, 4),
-                            "standard_deviation": round(one.spread, 4),
+                            "mean": round(one.mean, 4) if one.values else None,
+                            "standard_deviation": round(one.spread, 4) if one.values else None,
                             "values": one.values,
                             "dense": one.dense,
                             "strength": one.strength,
+                            "diverged": one.failed,
                         }
                         kind = "within_tolerance" if careful else "best"
                         found.setdefault(task, {}).setdefault(method, {}).setdefault(f"{goal:g}", {})[kind] = entry
@@ -238,7 +254,7 @@ def draw(rows: Rows, task: str, folder: Path) -> None:
                 continue
             if row["scope"] != "global" or (row["recalibrated"] == "False" and kind.calibration is not None):
                 continue
-            same = pair is None or (float(row["strength"]), float(row["rho"])) == pair
+            same = not tuning.failed(row) and (pair is None or (float(row["strength"]), float(row["rho"])) == pair)
             if same and (not parts.has_goal or float(row["goal"]) == goal) and parts.pruning is None:
                 curves.setdefault(parts.label, []).append((float(row["sparsity"]), float(row["value"])))
         means = tuning.validation_means(rows, task, method)

@@ -144,6 +144,24 @@ def test_a_strength_that_diverged_with_one_seed_is_not_chosen_for_what_the_other
     assert tuning.chosen(good + other, "digits_mlp", "sgd+wcr", 0.95) == (1e-3, 0.0)
 
 
+def test_runs_that_diverged_stay_in_the_table():
+    rows = [
+        *rows_of("sgd", 0.0, accuracies(97.9, 61.0), split="test"),
+        *diverged("sgd", 0.0, 1, "test"),
+        *rows_of("sgd", 0.0, accuracies("nan", "nan"), 2, "test"),
+        *diverged("sgd+target", 0.0, 0, "test"),
+    ]
+    rows[-1]["goal"] = "0.95"
+    text = report.table(rows, "digits_mlp")
+    assert "| SGD | **61.0** (97.9), 2 of 3 diverged |" in text
+    assert "| SGD + SparsityTarget | – | diverged | – | – |" in text
+    found = report.summary(rows)["digits_mlp"]
+    assert found["sgd"]["0.95"]["best"]["diverged"] == 2
+    assert found["sgd+target"]["0.95"] == {
+        "best": {"mean": None, "standard_deviation": None, "values": (), "dense": (), "strength": None, "diverged": 1}
+    }
+
+
 def test_filled_puts_text_between_the_markers_of_its_name_only():
     page = "a\n<!-- table: x -->\nold\n<!-- end -->\nb\n<!-- table: xy -->\nkept\n<!-- end -->\n"
     once = report.filled(page, "x", "new \\1")
