@@ -1,7 +1,8 @@
 """Tables and pictures of stored results: ``python -m benchmarks report``.
 
-Reads docs/results/{vision,language,segmentation}.csv, draws the pictures in docs/images and renews the tables between
-the markers ``<!-- table: TASK -->`` and ``<!-- end -->`` in docs/results.md.
+Reads docs/results/{vision,language,segmentation}.csv, of which runs of full length and without options count, draws the
+pictures in docs/images and renews the tables between the markers ``<!-- table: TASK -->`` and ``<!-- end -->`` in
+docs/results.md.
 """
 
 from __future__ import annotations
@@ -204,8 +205,8 @@ def section(rows: Rows, task: str) -> str:
     unit = {"bits_per_byte": "bits per byte, lower is better"}.get(kind.metric, f"{kind.metric} in percent")
     seeds = len({row["seed"] for row in rows if row["task"] == task and row["split"] == "test"})
     said = [
-        f"Data: {kind.data}. {kind.steps} steps. {unit[0].upper() + unit[1:]}; mean ± sample standard deviation over "
-        f"{seeds} seeds on the test split, dense value in parentheses, then the strength (or rho) that the validation "
+        f"Data: {kind.data}. {_steps(rows, kind)} steps. {unit[0].upper() + unit[1:]}; mean ± sample standard "
+        f"deviation over {seeds} seeds on the test split, dense value in parentheses, then the strength (or rho) that the validation "
         f"split chose at that sparsity. Gradients, seconds and sharpness (largest eigenvalue of the loss's Hessian) "
         f"are means over the row.",
         table(rows, task),
@@ -214,6 +215,12 @@ def section(rows: Rows, task: str) -> str:
         verdict(rows, task),
     ]
     return "\n\n".join(text for text in said if text)
+
+
+def _steps(rows: Rows, kind: tasks.Task) -> str:
+    """Say how many steps the runs took, which may have been less than the task's."""
+    taken = {int(row["steps"]) or kind.steps for row in rows if row["task"] == kind.name}
+    return " and ".join(map(str, sorted(taken)))
 
 
 def summary(rows: Rows) -> dict[str, Any]:
@@ -291,7 +298,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     o = parser.parse_args(argv)
     page = o.page.read_text(encoding="utf-8")
     for suite in SUITES:
-        rows = runner.Results(o.results / f"{suite}.csv", COLUMNS, KEY).read()
+        rows = tuning.of_run(runner.Results(o.results / f"{suite}.csv", COLUMNS, KEY).read(), {})
         for task in dict.fromkeys(row["task"] for row in rows):
             if tested(rows, task):
                 page = filled(page, task, section(rows, task))

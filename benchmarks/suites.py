@@ -36,10 +36,11 @@ def main(suite: str, argv: Sequence[str] | None = None) -> int:
     o = _parse(suite, argv)
     results = runner.Results(o.output / f"{suite}.csv", COLUMNS, KEY)
     work = functools.partial(_run, o.device, tuple(o.sparsities))
+    lengths: dict[str, int] = {}
     for task in o.tasks:
         methods = o.methods or every_method(task, quick=o.quick)
         steps = round(tasks.task(task).steps * o.share)
-        steps = 0 if steps == tasks.task(task).steps else steps
+        steps = lengths[task] = 0 if steps == tasks.task(task).steps else steps
         searched = [method for method in methods if Method.of(method).searched or method in _bases(task)]
         common: dict[str, Any] = {"steps": steps, "options": o.options}
         if o.split in ("both", "validation"):
@@ -53,10 +54,11 @@ def main(suite: str, argv: Sequence[str] | None = None) -> int:
             runner.run_missing(work, trials, steps_of, results, o.jobs)
             continue
         print(f"{task}: what they chose, on the test split", flush=True)
-        trials = tuning.choices(task, methods, results.read(), range(o.seeds), **common)
+        rows = tuning.of_run(results.read(), lengths, o.options)
+        trials = tuning.choices(task, methods, rows, range(o.seeds), **common)
         runner.run_missing(work, trials, steps_of, results, o.jobs)
     if o.split != "validation":
-        report.write(results.read(), o.output, suite)
+        report.write(tuning.of_run(results.read(), lengths, o.options), o.output, suite)
         print(f"see {o.output}/{suite}.md, {suite}.json and the pictures beside them")
     return 0
 

@@ -144,6 +144,21 @@ def within_tolerance(task: str, dense: float, baseline: float) -> bool:
     return worse <= kind.tolerance + 1e-9
 
 
+def of_run(rows: Rows, steps: Mapping[str, int], options: str = "") -> list[Mapping[str, str]]:
+    """Return the rows of runs of one length and with the same options: others would be averaged with them.
+
+    Args:
+        rows: Of results.
+        steps: Steps of the runs by task, as `Trial.steps` has them; the task's own for tasks that are not there.
+        options: Of SparsityTarget (default: "")
+    """
+    return [
+        row
+        for row in rows
+        if int(row["steps"]) == steps.get(row["task"], 0) and row["options"] == _options(row["method"], options)
+    ]
+
+
 def validation_means(
     rows: Rows, task: str, method: str, options: str = ""
 ) -> dict[tuple[float, float], dict[float, float]]:

@@ -162,6 +162,28 @@ def test_runs_that_diverged_stay_in_the_table():
     }
 
 
+def test_runs_of_other_lengths_and_options_are_kept_apart():
+    def short(rows):
+        return [row | {"steps": "20"} for row in rows]
+
+    rows = [
+        *rows_of("sgd+wcr", 1e-3, accuracies(97.8, 80.0)),
+        *rows_of("sgd+wcr", 1e-2, accuracies(97.8, 70.0)),
+        *short(rows_of("sgd+wcr", 1e-2, accuracies(97.8, 99.0))),
+        *rows_of("sgd+target", 0.0, accuracies(97.8, 80.0), split="test", goal=0.95),
+        *rows_of("sgd+target", 0.0, accuracies(97.8, 10.0), split="test", goal=0.95, options="end=0.4"),
+    ]
+    full, half = tuning.of_run(rows, {}), tuning.of_run(rows, {"digits_mlp": 20})
+    assert tuning.chosen(full, "digits_mlp", "sgd+wcr", 0.95) == (1e-3, 0.0)
+    assert tuning.chosen(half, "digits_mlp", "sgd+wcr", 0.95) == (1e-2, 0.0)
+    assert report.cell(full, "digits_mlp", "sgd+target", 0.95).mean == 80.0
+    other = tuning.of_run(rows, {}, "end=0.4")
+    assert report.cell(other, "digits_mlp", "sgd+target", 0.95).mean == 10.0
+    assert tuning.chosen(other, "digits_mlp", "sgd+wcr", 0.95) == (1e-3, 0.0)  # which the options do not concern
+    assert " 640 steps. " in report.section(full, "digits_mlp")
+    assert " 20 steps. " in report.section(half, "digits_mlp")
+
+
 def test_filled_puts_text_between_the_markers_of_its_name_only():
     page = "a\n<!-- table: x -->\nold\n<!-- end -->\nb\n<!-- table: xy -->\nkept\n<!-- end -->\n"
     once = report.filled(page, "x", "new \\1")
