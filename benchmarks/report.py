@@ -207,8 +207,8 @@ def section(rows: Rows, task: str) -> str:
     said = [
         f"Data: {kind.data}. {_steps(rows, kind)} steps. {unit[0].upper() + unit[1:]}; mean ± sample standard "
         f"deviation over {seeds} seeds on the test split, dense value in parentheses, then the strength (or rho) that "
-        f"the validation split chose at that sparsity. Gradients, seconds and sharpness (largest eigenvalue of the loss's Hessian) "
-        f"are means over the row.",
+        f"the validation split chose at that sparsity. Gradients, seconds and sharpness (largest eigenvalue of the "
+        f"loss's Hessian) are means over the row.",
         table(rows, task),
         f"Only strengths, and results, whose dense value is within {kind.tolerance:g} of the baseline's:",
         table(rows, task, careful=True),
