@@ -5,12 +5,14 @@ import importlib
 import json
 import math
 import os
+import random
 import re
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from reference import assert_same
@@ -383,6 +385,22 @@ class TestPrunedEvaluation:
             pruning.apply_(copy, pruning.magnitude_masks(copy, sparsity, exclude="lm_head"))
             by_hand = Trainer(copy, arguments(tmp_path), eval_dataset=text(16, seed=2)).evaluate()
             assert found[f"eval_loss_at_{sparsity}"] == by_hand["eval_loss"]
+
+    def test_random_numbers_go_on_as_without_it(self, tmp_path):
+        def drawing(rows):
+            random.random(), np.random.rand(), torch.rand(1)
+            return {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
+
+        following = []
+        for sparsities in ([], [0.5, 0.9]):
+            trainer = trainer_of(tmp_path, network())
+            trainer.data_collator = drawing
+            if sparsities:
+                trainer.add_callback(PrunedEvaluationCallback(trainer, sparsities))
+            transformers.set_seed(0)
+            trainer.evaluate()
+            following.append((random.random(), np.random.rand(), torch.rand(1).item()))
+        assert following[0] == following[1]
 
     def test_own_metrics_several_data_sets_and_the_best_model(self, tmp_path):
         def accuracy(prediction):

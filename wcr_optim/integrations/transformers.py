@@ -10,12 +10,14 @@ from __future__ import annotations
 import inspect
 import json
 import os
+import random
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -32,6 +34,7 @@ from wcr_optim.metrics import optimizer_concentration
 from wcr_optim.parameters import Selector, param_groups
 from wcr_optim.pruning.select import Selection
 from wcr_optim.pruning.threshold import Scope
+from wcr_optim.sharpness.guards import random_states, set_random_states
 from wcr_optim.target import SparsityTarget
 
 try:
@@ -391,8 +394,14 @@ class _Losses:
 
 @contextmanager
 def _random_numbers_kept(device: torch.device) -> Iterator[None]:
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+    """Put the generators of torch, numpy and Python back after the block: collators and data sets draw from any."""
+    states, of_python, of_numpy = random_states([device]), random.getstate(), np.random.get_state()
+    try:
         yield
+    finally:
+        set_random_states(states)
+        random.setstate(of_python)
+        np.random.set_state(of_numpy)
 
 
 def _output_embeddings(model: nn.Module) -> list[Selector]:
