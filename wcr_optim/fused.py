@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from torch.optim import optimizer as torch_optimizer
 
 from wcr_optim import backends
-from wcr_optim.layout import as_dtensor, is_dense, local
+from wcr_optim.layout import as_dtensor, is_dense, local, stamp
 from wcr_optim.moments import measure
 from wcr_optim.uploads import select
 
@@ -25,8 +25,7 @@ class Known(NamedTuple):
     """Sums of a layer's m and m^2, shape (2,), and what shows whether anyone wrote into it since."""
 
     sums: Tensor
-    version: int
-    address: int
+    stamp: tuple[int, ...]
 
 
 class Shrinks(NamedTuple):
@@ -78,8 +77,8 @@ class FusedUpdate(Optimizer):
         return torch.stack([rows[w] for w in layers])
 
     def _is_known(self, w: Tensor) -> bool:
-        known, part = self._known.get(w), local(w)
-        return known is not None and known.version == part._version and known.address == part.data_ptr()
+        known = self._known.get(w)
+        return known is not None and known.stamp == stamp(w)
 
     def take_over(
         self, layers: Sequence[Tensor], gain: Tensor, threshold: Tensor, seed: int | Tensor | None, backend: str
@@ -108,6 +107,8 @@ class FusedUpdate(Optimizer):
     def _init_group(self, group: dict[str, Any], *lists: list[Any]) -> Any:
         """Collect what torch's step will update; layers that were taken over are updated here, and left out."""
         result = super()._init_group(group, *lists)  # type: ignore[misc]
+        for w in lists[0]:
+            self._known.pop(w, None)  # for an interrupted update, and torch's, which counts no version of a DTensor
         for call, shrinks in enumerate(self._taken, start=1):
             index = [i for i, w in enumerate(lists[0]) if w in shrinks.row]
             if not index:
@@ -115,12 +116,11 @@ class FusedUpdate(Optimizer):
             own = [[stream[i] for i in index] if stream else [] for stream in lists]
             layers = own[0]
             sums = self._update(group, own, shrinks.of(layers, call))
-            for w, row in zip(layers, sums.unbind(), strict=True):
-                part = local(w)
-                self._known[w] = Known(row, part._version, part.data_ptr())
+            self._known.update({w: Known(row, stamp(w)) for w, row in zip(layers, sums.unbind(), strict=True)})
+            done = set(index)
             for stream in lists:
                 if stream:
-                    stream[:] = [x for i, x in enumerate(stream) if i not in set(index)]
+                    stream[:] = [x for i, x in enumerate(stream) if i not in done]
         return result
 
     def _streams(self, w: Tensor, group: dict[str, Any]) -> list[Tensor] | None:

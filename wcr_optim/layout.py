@@ -31,6 +31,13 @@ def local(tensor: Tensor) -> Tensor:
     return tensor if sharded is None else sharded.to_local()
 
 
+def stamp(tensor: Tensor) -> tuple[int, ...]:
+    """Return what changes when a tensor is written or its memory is replaced; a write through .data goes unnoticed."""
+    part = local(tensor)
+    # An operation on a DTensor counts as a version of it alone, one on its local part as a version of that part.
+    return tensor._version, part._version, part.data_ptr()
+
+
 def in_memory_order(tensor: Tensor) -> Tensor:
     """Return a view whose dimensions run from the largest stride to the smallest."""
     return tensor.permute(sorted(range(tensor.ndim), key=tensor.stride, reverse=True))

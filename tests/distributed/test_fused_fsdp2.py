@@ -17,26 +17,66 @@ pytestmark = [
 ]
 
 
+class Pair:
+    """A whole network with an unfused optimizer, and the same one sharded with a fused optimizer."""
+
+    def __init__(self, rank):
+        self.rank = rank
+        self.whole, self.sharded = small_net(), small_net()
+        mesh = init_device_mesh("cpu", (2,))
+        for layer in (self.sharded[0], self.sharded[3]):  # 3 output rows over 2 ranks: an uneven shard
+            fully_shard(layer, mesh=mesh)
+        fully_shard(self.sharded, mesh=mesh)
+        self.plain = AdamW(self.whole.parameters(), lr=0.01, weight_concentration=0.1)
+        self.opt = AdamW(self.sharded.parameters(), lr=0.01, weight_concentration=0.1, fused=True)
+        self.opt.backend = "compiled"
+
+    def steps(self, numbers):
+        for step in numbers:
+            for net, optimizer, parts in ((self.whole, self.plain, 1), (self.sharded, self.opt, 2)):
+                x, y = (part.tensor_split(parts)[self.rank % parts] for part in small_batch(step))
+                optimizer.zero_grad()
+                (net(x) - y).square().mean().backward()
+                optimizer.step()
+
+    def assert_close(self):
+        for p, q in zip(self.whole.parameters(), self.sharded.parameters(), strict=True):
+            assert isinstance(q, DTensor)
+            torch.testing.assert_close(p.detach(), q.detach().full_tensor(), rtol=1e-4, atol=2e-6)
+
+    def known(self):
+        return [w for w in self.opt.base._known if self.opt.base._is_known(w)]
+
+
 def _sharded_fused_steps_are_the_whole_unfused_ones(rank):
-    mesh = init_device_mesh("cpu", (2,))
-    whole, sharded = small_net(), small_net()
-    for layer in (sharded[0], sharded[3]):  # 3 output rows over 2 ranks: an uneven shard
-        fully_shard(layer, mesh=mesh)
-    fully_shard(sharded, mesh=mesh)
-    plain = AdamW(whole.parameters(), lr=0.01, weight_concentration=0.1)
-    opt = AdamW(sharded.parameters(), lr=0.01, weight_concentration=0.1, fused=True)
-    opt.backend = "compiled"
-    for step in range(12):
-        for net, optimizer, parts in ((whole, plain, 1), (sharded, opt, 2)):
-            x, y = (part.tensor_split(parts)[rank % parts] for part in small_batch(step))
-            optimizer.zero_grad()
-            (net(x) - y).square().mean().backward()
-            optimizer.step()
-    assert len(opt.base._known) == 2, "both weight matrices were fused"
-    for p, q in zip(whole.parameters(), sharded.parameters(), strict=True):
-        assert isinstance(q, DTensor)
-        torch.testing.assert_close(p.detach(), q.detach().full_tensor(), rtol=1e-4, atol=2e-6)
+    pair = Pair(rank)
+    pair.steps(range(12))
+    assert len(pair.known()) == 2, "both weight matrices were fused"
+    pair.assert_close()
 
 
-def test_sharded_fused_steps_are_the_whole_unfused_ones():
-    run_processes(_sharded_fused_steps_are_the_whole_unfused_ones, 2)
+def _writes_into_dtensors_are_noticed(rank):
+    pair = Pair(rank)
+    pair.steps(range(4))
+    with torch.no_grad():
+        for net in (pair.whole, pair.sharded):
+            net[0].weight.mul_(0.5)
+    assert pair.known() == [pair.sharded[3].weight]
+    pair.steps(range(4, 6))
+    assert len(pair.known()) == 2
+    state = {name: 0.5 * value for name, value in pair.sharded.state_dict().items()}
+    pair.sharded.load_state_dict(state)
+    pair.whole.load_state_dict({name: value.full_tensor() for name, value in state.items()})
+    assert not pair.known()
+    pair.steps(range(6, 8))
+    handle = pair.opt.base.register_step_pre_hook(lambda *_: None)  # torch's own update then runs
+    pair.steps(range(8, 9))
+    handle.remove()
+    assert not pair.known()
+    pair.steps(range(9, 12))
+    pair.assert_close()
+
+
+@pytest.mark.parametrize("body", [_sharded_fused_steps_are_the_whole_unfused_ones, _writes_into_dtensors_are_noticed])
+def test_two_processes(body):
+    run_processes(body, 2)

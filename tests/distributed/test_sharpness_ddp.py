@@ -222,6 +222,20 @@ def _sharded_resume_is_bit_exact(rank):
             assert torch.equal(p.to_local(), q.to_local()), name
 
 
+def _weights_loaded_into_shards_are_taken_as_the_true_ones(rank):
+    model = shard(net(), init_device_mesh("cpu", (2,)))
+    optimizer = SSAM(base_of(groups(model)))
+    for step in range(3):
+        sharded_step(model, optimizer, step, rank, 2)()
+        optimizer.step()
+    loaded = {name: p.detach() + 1 for name, p in model.named_parameters()}
+    model.load_state_dict(loaded, strict=False)
+    with pytest.warns(UserWarning, match=f"{len(loaded)} parameters were written while they held"):
+        optimizer.eval()
+    for name, p in model.named_parameters():
+        assert torch.equal(p.to_local(), loaded[name].to_local())
+
+
 def _norms_of_sequence_parallelism(rank):
     """Their gradients are left as sums that are still to be taken over the ranks."""
     mesh = init_device_mesh("cpu", (2,))
@@ -253,7 +267,12 @@ def _norms_of_sequence_parallelism(rank):
     "bodies",
     [
         (_replicas_stay_equal, _sam_is_m_sharpness, _overflow_on_one_rank_skips_the_step_on_all),
-        (_sharded_run_equals_the_whole_one, _sharded_resume_is_bit_exact, _norms_of_sequence_parallelism),
+        (
+            _sharded_run_equals_the_whole_one,
+            _sharded_resume_is_bit_exact,
+            _weights_loaded_into_shards_are_taken_as_the_true_ones,
+            _norms_of_sequence_parallelism,
+        ),
     ],
     ids=["ddp", "sharded"],
 )

@@ -9,8 +9,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from wcr_optim.layout import local
-
 
 class RunningStatistics:
     """The running statistics of norm layers, and what spectral norms estimate their norm by, as they are now.
@@ -45,12 +43,6 @@ def _is_statistic(name: str) -> bool:
     # SyncBatchNorm and InstanceNorm need nothing of their own. The last two are spectral_norm's power iteration, in
     # both of torch's implementations: _u and weight_u.
     return name.startswith("running_") or name == "num_batches_tracked" or name.endswith(("_u", "_v"))
-
-
-def stamp(tensor: Tensor) -> tuple[int, int]:
-    """Return what changes when a tensor is written or its memory is replaced; a write through .data goes unnoticed."""
-    part = local(tensor)
-    return part._version, part.data_ptr()
 
 
 RandomStates = list[tuple[torch.device, Tensor]]

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from wcr_optim.layout import stamp
 from wcr_optim.sharpness.checks import ClosureWatch, check_base, check_keeps_state, check_rho, gradients, with_gradient
-from wcr_optim.sharpness.guards import stamp
 from wcr_optim.sharpness.memory import copy_, exchange_, exchange_back_, global_norm, norms, scale_
 from wcr_optim.sharpness.slots import Slot
 from wcr_optim.wrapper import Closure, OptimizerWrapper
@@ -83,7 +83,7 @@ class SSAM(OptimizerWrapper):
         check_keeps_state(type(self).__name__, base)
         self._kept = Slot("ssam")  # e where the true weights are in place, the true weights where they are not
         # Of perturbed weights, to notice that somebody else wrote them.
-        self._stamps: dict[Tensor, tuple[int, int]] = {}
+        self._stamps: dict[Tensor, tuple[int, ...]] = {}
         self._gathered = False  # whether .grad holds a gradient that a closure left there
         self._norm = 0.0  # of the last gradient
         self._watch: ClosureWatch | None = None

@@ -14,7 +14,7 @@ from torch.amp import GradScaler
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from wcr_optim.layout import local
+from wcr_optim.layout import local, stamp
 from wcr_optim.sharpness.checks import (
     ClosureWatch,
     check_base,
@@ -24,7 +24,7 @@ from wcr_optim.sharpness.checks import (
     lay_out_gradients,
     with_gradient,
 )
-from wcr_optim.sharpness.guards import RunningStatistics, random_numbers_repeated, random_states, stamp, with_statistics
+from wcr_optim.sharpness.guards import RunningStatistics, random_numbers_repeated, random_states, with_statistics
 from wcr_optim.sharpness.memory import copies, copy_, global_norm, norms
 from wcr_optim.wrapper import Closure, OptimizerWrapper
 
@@ -43,7 +43,7 @@ class SecondPass:
         self.params = list(params)
         self.others = copies(self.params)
         self.away = True
-        self._stamps: list[tuple[int, int]] = []
+        self._stamps: list[tuple[int, ...]] = []
         self._statistics = RunningStatistics(modules)
         self.note()
 
