@@ -384,6 +384,30 @@ def test_an_interrupted_step_leaves_nothing_to_the_next(net_of, backend):
     assert_close(net, plain)
 
 
+@pytest.mark.skipif(compiled.why_not() is not None, reason=str(compiled.why_not()))
+@pytest.mark.parametrize("what", ["update", "shrink"])
+def test_weights_of_a_write_that_was_interrupted_are_measured_again(monkeypatch, what):
+    net = small_net()
+    opt = make(AdamW, net, "compiled")
+    steps(net, opt, range(3))
+    layers = [net[0].weight, net[3].weight]
+    writes = {
+        "update": lambda: steps(net, opt, range(3, 4)),
+        "shrink": lambda: compiled.shrink_(layers, torch.full((2,), 0.5), torch.zeros(2), None),
+    }
+    call = compiled._call
+
+    def interrupted(*arguments):
+        call(*arguments)
+        raise KeyboardInterrupt  # Python runs the handler of Ctrl-C as soon as the library returns
+
+    with monkeypatch.context() as patch:
+        patch.setattr(compiled, "_call", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            writes[what]()
+    assert torch.equal(opt.base.sums(layers, "compiled"), compiled.sums(layers))
+
+
 def test_auto_is_torchs_own_kernel_on_a_small_network_on_the_cpu(monkeypatch):
     monkeypatch.setattr(compiled, "adamw_", lambda *_, **__: pytest.fail("compiled"))
     net = small_net()

@@ -73,8 +73,8 @@ def shrink_(parts: Sequence[Tensor], gain: Tensor, threshold: Tensor, seed: int 
         if dtype is None:
             eager_shrink_(layers, gain[index], threshold[index], make_noise(layers, seed))
         else:
+            _writes(layers)
             _call("wcr_shrink", [layers], *_rounding(seed), gain[index].float(), threshold[index].float())
-            _written(layers)
 
 
 def adamw_(
@@ -116,10 +116,10 @@ def _fused(
 ) -> Tensor:
     result = torch.zeros(len(coefficients), 2, dtype=torch.float64, device="cpu")
     numbers = torch.tensor(constants, dtype=torch.float32, device="cpu")
+    _writes(streams[0], *streams[2:])
     for index in _by_dtype(streams[0]).values():
         own = [[stream[i] for i in index] for stream in streams]
         result[index] = _call(function, own, *_rounding(seed), coefficients[index], numbers)
-    _written(streams[0], *streams[2:])
     return result
 
 
@@ -154,8 +154,11 @@ def _rounding(seed: int | Tensor | None) -> tuple[ctypes.c_int, ctypes.c_uint64]
     return ctypes.c_int(seed is not None), ctypes.c_uint64(0 if seed is None else int(seed))
 
 
-def _written(*streams: Sequence[Tensor]) -> None:
-    """Tell autograd, and whoever watches versions, that a kernel wrote into tensors."""
+def _writes(*streams: Sequence[Tensor]) -> None:
+    """Tell autograd, and whoever watches versions, that a kernel is about to write into tensors.
+
+    Before it does: Ctrl-C comes as soon as it returns, and must not leave written tensors that pass for untouched.
+    """
     for stream in streams:
         for w in stream:
             torch.autograd.graph.increment_version(w)
