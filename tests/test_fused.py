@@ -408,6 +408,18 @@ def test_weights_of_a_write_that_was_interrupted_are_measured_again(monkeypatch,
     assert torch.equal(opt.base.sums(layers, "compiled"), compiled.sums(layers))
 
 
+def test_no_two_layers_are_rounded_by_the_same_random_bits(backend):
+    device = DEVICE if backend == "triton" else "cpu"
+    alike = [nn.Parameter(torch.full((64, 64), 0.7, device=device).bfloat16()) for _ in range(6)]
+    for w in alike:
+        w.grad = torch.zeros_like(w)
+    groups = [{"params": alike[:2]}, {"params": alike[2:4]}, {"params": alike[4:]}]
+    opt = L2Decay(fused.FusedSGD(groups, lr=1.0, fused=True), 1e-3, backend=backend)
+    opt.step()
+    assert len(opt.base._known) == len(alike)
+    assert len({tuple(w.detach().view(-1).tolist()) for w in alike}) == len(alike)
+
+
 def test_auto_is_torchs_own_kernel_on_a_small_network_on_the_cpu(monkeypatch):
     monkeypatch.setattr(compiled, "adamw_", lambda *_, **__: pytest.fail("compiled"))
     net = small_net()

@@ -60,10 +60,11 @@ class FusedUpdate(Optimizer):
         super().__init__(*args, **kwargs)
         self._known: dict[Tensor, Known] = {}
         self._taken: list[Shrinks] = []
+        self._calls = 0  # of kernels in this step
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._known, self._taken = {}, []  # a copy works on other weights
+        self._known, self._taken, self._calls = {}, [], 0  # a copy works on other weights
 
     def sums(self, layers: Sequence[Tensor], backend: str) -> Tensor:
         """Return this rank's sums of m and m^2, shape (layers, 2), measuring those that the last step did not."""
@@ -95,7 +96,7 @@ class FusedUpdate(Optimizer):
 
     def forget(self) -> None:
         """Drop what was taken over and not done: the step is over, or failed."""
-        self._taken = []
+        self._taken, self._calls = [], 0
 
     def _fuses(self, w: Tensor, group: dict[str, Any], backend: str) -> bool:
         """Return whether a layer's update can be fused with its shrink."""
@@ -109,13 +110,14 @@ class FusedUpdate(Optimizer):
         result = super()._init_group(group, *lists)  # type: ignore[misc]
         for w in lists[0]:
             self._known.pop(w, None)  # for an interrupted update, and torch's, which counts no version of a DTensor
-        for call, shrinks in enumerate(self._taken, start=1):
+        for shrinks in self._taken:
             index = [i for i, w in enumerate(lists[0]) if w in shrinks.row]
             if not index:
                 continue
             own = [[stream[i] for i in index] if stream else [] for stream in lists]
             layers = own[0]
-            sums = self._update(group, own, shrinks.of(layers, call))
+            self._calls += 1
+            sums = self._update(group, own, shrinks.of(layers, self._calls))
             self._known.update({w: Known(row, stamp(w)) for w, row in zip(layers, sums.unbind(), strict=True)})
             done = set(index)
             for stream in lists:
