@@ -83,6 +83,10 @@ KEY = tuple(field.name for field in fields(Trial))
 COLUMNS = (*KEY, *MEASURED)
 
 
+class DivergedError(Exception):
+    """A run's loss or weights are not finite."""
+
+
 @dataclass
 class Trained:
     """A trained network and what its training took."""
@@ -106,6 +110,9 @@ def train(trial: Trial, device: str = "cpu", progress: Callable[[], None] = lamb
         trial: What to train.
         device: Where (default: "cpu")
         progress: Called after every step (default: nothing)
+
+    Raises:
+        DivergedError: If the loss or a weight is not finite.
     """
     task, method, settings = tasks.task(trial.task), Method.of(trial.method), trial.settings
     lr = task.lr[method.base] * settings.pop("lr", 1.0)
@@ -132,7 +139,9 @@ def train(trial: Trial, device: str = "cpu", progress: Callable[[], None] = lamb
             loss.backward()
             return loss
 
-        loss = optimizer.step(closure)
+        loss = optimizer.step(closure).item()
+        if not math.isfinite(loss):
+            raise DivergedError(f"the loss is {loss} at gradient {evaluations}")
         if follower is not None:
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always", UserWarning)
@@ -141,6 +150,8 @@ def train(trial: Trial, device: str = "cpu", progress: Callable[[], None] = lamb
         scheduler.step()
         progress()
     seconds = time.perf_counter() - started
+    if not all(w.isfinite().all() for w in network.parameters()):
+        raise DivergedError("a weight is NaN or infinite at the end")
     network.eval()
     return Trained(network, seconds, evaluations, getattr(follower, "last_tail", math.nan), warned)
 
@@ -155,15 +166,14 @@ def run_trial(
 
     Returns:
         A row of COLUMNS for each sparsity and metric. A run on the test split is pruned per layer too, measured with
-        and without running statistics estimated anew, and its sharpness is taken. A run that raised has one row,
-        without a value, that says why.
+        and without running statistics estimated anew, and its sharpness is taken. A run that diverged has one row,
+        without a value: it belongs in the table too.
     """
     try:
         trained = train(trial, device, progress)
-        found = list(measure(trial, trained, sparsities))
-    except (RuntimeError, ValueError, FloatingPointError) as error:  # a diverged run belongs in the table too
-        failure = f"{type(error).__name__}: {error}".splitlines()[0]
-        return [asdict(trial) | dict.fromkeys(MEASURED, "") | {"device": device, "warned": failure}]
+    except DivergedError as error:
+        return [asdict(trial) | dict.fromkeys(MEASURED, "") | {"device": device, "warned": f"diverged: {error}"}]
+    found = list(measure(trial, trained, sparsities))
     sharpness = curvature(trial, trained.network, device) if trial.split == "test" else math.nan
     common = {
         "seconds": round(trained.seconds, 2),

@@ -128,8 +128,17 @@ def test_the_validation_split_chooses_and_the_test_split_reports():
 def test_a_diverged_run_stays_in_the_file_and_chooses_nothing():
     (row,) = run_trial(Trial("digits_mlp", "sgd", options="lr=1e9", steps=5))
     assert row["value"] == ""
-    assert "NaN" in row["warned"]
+    assert row["warned"].startswith("diverged: the loss is nan")
     assert tuning.validation_means([{k: str(v) for k, v in row.items()}], "digits_mlp", "sgd", "lr=1e9") == {}
+
+
+def test_a_run_that_cannot_be_made_is_an_error_and_no_result(monkeypatch):
+    def broken(*arguments):
+        raise ValueError("a library of an unknown version")
+
+    monkeypatch.setitem(PENALTIES, "l1", broken)
+    with pytest.raises(ValueError, match="unknown version"):
+        run_trial(Trial("digits_mlp", "sgd+l1", steps=2))
 
 
 def diverged(method, strength, seed=0, split="validation"):
