@@ -53,7 +53,7 @@ class Digits(LightningModule):
         """Return SAM around SGD, with or without weight concentration, and a cosine schedule."""
         optimizer = SAM(torch.optim.SGD(param_groups(self), lr=0.1, momentum=0.9), rho=0.05, model=self)
         if self.concentrate:
-            optimizer = WCR(optimizer, form="scale_free")
+            optimizer = WCR(optimizer, form="per_unit")
         scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, EPOCHS)
         return {"optimizer": optimizer, "lr_scheduler": scheduler}
 
@@ -76,7 +76,7 @@ def train(concentrate, folder):
         ModelCheckpoint(folder, monitor=f"accuracy_at_{SPARSITY}", mode="max"),
     ]
     if concentrate:
-        callbacks += [SparsityTargetCallback(SPARSITY, tail_energy=1e-4), ConcentrationCallback()]
+        callbacks += [SparsityTargetCallback(SPARSITY), ConcentrationCallback()]
     trainer = Trainer(
         accelerator="cpu",
         max_epochs=EPOCHS,

@@ -75,8 +75,8 @@ def with_adapters(model, strength):
 def with_all_weights(model):
     """Fine-tune everything, and drive the weights to where pruning takes little."""
     groups = param_groups(model, weight_decay=0.1, exclude="lm_head")
-    optimizer = WCR(torch.optim.AdamW(groups, lr=1e-3), form="scale_free")
-    train(model, optimizer, THEN, 100, [SparsityTargetCallback(sparsity=0.8, tail_energy=2e-2)])
+    optimizer = WCR(torch.optim.AdamW(groups, lr=1e-3), form="per_unit")
+    train(model, optimizer, THEN, 100, [SparsityTargetCallback(sparsity=0.8)])
     return model
 
 

@@ -28,10 +28,10 @@ def network():
 def train(model, x, y):
     """Train a model whose weights are to survive pruning; no strength is given, the target finds it."""
     optimizer = torch.optim.SGD(param_groups(model, weight_decay=5e-4), lr=0.1, momentum=0.9)
-    optimizer = WCR(optimizer, form="scale_free")
+    optimizer = WCR(optimizer, form="per_unit")
     steps = EPOCHS * -(-len(x) // BATCH)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    target = SparsityTarget(optimizer, SPARSITY, steps, tail_energy=1e-3)
+    target = SparsityTarget(optimizer, SPARSITY, steps)
     for _ in range(EPOCHS):
         for batch in torch.randperm(len(x)).split(BATCH):
             optimizer.zero_grad()

@@ -68,9 +68,9 @@ def train(folder, concentrate):
             lr=3e-3,
             weight_decay=0.1,
             weight_concentration=1.0 if concentrate else 0.0,
-            form="scale_free",
+            form="per_unit",
         ),
-        callbacks=[SparsityTargetCallback(sparsity=0.9, tail_energy=1e-2)] if concentrate else None,
+        callbacks=[SparsityTargetCallback(sparsity=0.9)] if concentrate else None,
     )
     trainer.add_callback(ConcentrationCallback(trainer))
     trainer.add_callback(PrunedEvaluationCallback(trainer, SPARSITIES))

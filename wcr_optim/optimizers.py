@@ -32,7 +32,7 @@ class SGD(_DropIn):
 
     Args:
         weight_concentration: Strength of WCR; 0 is torch.optim.SGD, bit for bit (default: 0.0).
-        form: "inverse_variance" or "scale_free", see `WCR` (default: "inverse_variance").
+        form: "inverse_variance", "scale_free", "per_unit" or "relative", see `WCR` (default: "inverse_variance").
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class AdamW(_DropIn):
 
     Args:
         weight_concentration: Strength of WCR; 0 is torch.optim.AdamW, bit for bit (default: 0.0).
-        form: "inverse_variance" or "scale_free", see `WCR` (default: "inverse_variance").
+        form: "inverse_variance", "scale_free", "per_unit" or "relative", see `WCR` (default: "inverse_variance").
     """
 
     def __init__(
