@@ -67,6 +67,12 @@ class TestEveryTask:
         if task.calibration is not None:
             assert all(len(batch) for batch in task.calibration())
 
+    def test_batches_are_no_larger_than_the_data(self, monkeypatch):
+        orders = iter([torch.tensor([2, 0, 1]), torch.tensor([1, 2, 0])])  # a third epoch is an error, not endless
+        monkeypatch.setattr(torch, "randperm", lambda *_, **__: next(orders))
+        found = list(tasks.epochs(torch.arange(3), torch.arange(3), 8, 0, 2))
+        assert [inputs.tolist() for inputs, _ in found] == [[2, 0, 1], [1, 2, 0]]
+
     def test_a_name_is_the_same_everywhere_and_only_once(self):
         known = tasks.names()
         for module in set(known.values()):

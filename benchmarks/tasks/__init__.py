@@ -85,7 +85,11 @@ def task(name: str) -> Task:
 
 
 def epochs(inputs: Tensor, targets: Tensor, batch: int, seed: int, steps: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield batches of whole epochs in a new random order each, what does not fill a batch left out."""
+    """Yield batches of whole epochs in a new random order each, what does not fill a batch left out.
+
+    Batches are no larger than the data.
+    """
+    batch = min(batch, len(inputs))  # or an epoch would have none, and this would never end
     generator = torch.Generator().manual_seed(seed)
     done = 0
     while done < steps:
