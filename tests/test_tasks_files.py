@@ -319,6 +319,7 @@ class TestInstructions:
         assert len(row.tokens) == instructions.TOKENS
         assert row.tokens[-1] == tokenizer.eos_token_id
         assert row.prompt == instructions.TOKENS - instructions.TOKENS // 2 - 1
+        assert row.size == instructions.TOKENS // 2  # of one byte each: bits per byte of what is measured
 
     def test_accuracy_is_the_share_of_right_choices_of_a_loop(self, folder, model):
         lines(folder / "commonsense" / "train.jsonl", questions(60))

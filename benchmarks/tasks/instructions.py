@@ -48,7 +48,7 @@ class Example(NamedTuple):
 
 
 class Encoded(NamedTuple):
-    """Tokens of a prompt and an answer, how many of them are the prompt's, and the bytes of the answer."""
+    """Tokens of a prompt and an answer, how many of them are the prompt's, and the bytes of the answer's tokens."""
 
     tokens: tuple[int, ...]
     prompt: int
@@ -129,7 +129,10 @@ def encoded(tokenizer: Any, example: Example, answer: int) -> Encoded:
     """Turn a prompt and one of its answers into at most TOKENS tokens, the last of which ends the text."""
     prompt = tokenizer(example.prompt, add_special_tokens=True)["input_ids"]
     text = example.answers[answer]
-    tail = tokenizer(text, add_special_tokens=False)["input_ids"][: TOKENS // 2]
+    tail = tokenizer(text, add_special_tokens=False)["input_ids"]
+    if len(tail) > TOKENS // 2:
+        tail = tail[: TOKENS // 2]
+        text = tokenizer.decode(tail)  # bits are counted for what is left, and so must bytes be
     if tokenizer.eos_token_id is not None:
         tail = [*tail, tokenizer.eos_token_id]
     prompt = prompt[-(TOKENS - len(tail)) :]
