@@ -93,6 +93,15 @@ def test_a_compiled_step_rounds_low_precision_weights_as_an_eager_one(dtype):
     assert torch.equal(*finals)
 
 
+def test_no_two_rows_of_two_steps_are_rounded_by_the_same_random_bits(backend):
+    rows = set()
+    for seed in range(4):
+        alike = [torch.full((3, ROW), 0.7).bfloat16() for _ in range(2)]
+        shrink_(alike, torch.full((2,), 0.999), torch.zeros(2), seed=seed, backend=backend)
+        rows |= {tuple(row.tolist()) for w in alike for row in w}
+    assert len(rows) == 4 * 2 * 3
+
+
 # --- sizes, strides, dtypes, values ----------------------------------------------------------------------------------
 
 ROW = 1024  # of native.cpp

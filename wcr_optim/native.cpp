@@ -97,20 +97,23 @@ inline uint32_t scramble(uint32_t x) {
   return x ^ (x >> 16);
 }
 
+// The same of 64-bit integers (Steele, Lea & Flood's splitmix64).
+inline uint64_t scramble(uint64_t x) {
+  x += 0x9e3779b97f4a7c15u;
+  x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9u;
+  x = (x ^ (x >> 27)) * 0x94d049bb133111ebu;
+  return x ^ (x >> 31);
+}
+
 struct Rounding {
   bool stochastic;
   uint64_t seed;
 
-  // Key of a row's random bits, from its layer and the index of its first weight (two rounds of splitmix64).
+  // Key of a row's random bits. Seeds count steps and starts count rows: scrambled one after the other, since a row
+  // would meet its neighbour's bits in the next step if they were added up.
   uint32_t key(int64_t layer, int64_t start) const {
-    uint64_t x = seed + 0x9e3779b97f4a7c15u * (static_cast<uint64_t>(layer) + 1) + static_cast<uint64_t>(start / ROW);
-    for (int round = 0; round < 2; round++) {
-      x += 0x9e3779b97f4a7c15u;
-      x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9u;
-      x = (x ^ (x >> 27)) * 0x94d049bb133111ebu;
-      x ^= x >> 31;
-    }
-    return static_cast<uint32_t>(x);
+    const uint64_t of_layer = scramble(scramble(seed) + static_cast<uint64_t>(layer));
+    return static_cast<uint32_t>(scramble(of_layer + static_cast<uint64_t>(start / ROW)));
   }
 };
 
