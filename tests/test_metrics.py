@@ -215,6 +215,16 @@ class TestOptimizer:
         assert found[1].item() == pytest.approx(1 - 1 / 10, rel=1e-12)
         assert found[2].item() == 0.0, "no energy"
 
+    @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+    def test_weights_that_are_not_finite_are_told_from_those_without_energy(self, value):
+        net = self.net()
+        with torch.no_grad():
+            net[0].weight[3, 5] = value
+        found = metrics.optimizer_concentration(WCR(torch.optim.SGD(net.parameters(), lr=0.1)))
+        assert found[0].isnan()
+        assert found[1].item() == pytest.approx(0.9)
+        assert found[2].item() == 0.0
+
     def test_which_weights(self):
         net = self.net()
         groups = [

@@ -184,7 +184,7 @@ def optimizer_concentration(optimizer: Optimizer) -> Tensor:
 
     Returns:
         c of each layer, shape (layers,), on the device of the first, in the order of the groups and of their
-        parameters; 0 where a layer has no energy.
+        parameters; 0 where a layer has no energy, NaN where its weights are not finite.
 
     Raises:
         ValueError: If there is no penalty in the chain.
@@ -200,7 +200,7 @@ def optimizer_concentration(optimizer: Optimizer) -> Tensor:
     parts = []
     for indices in places.values():
         _, mu, q = moments([weights[index] for index in indices])
-        parts.append(torch.where(q > 0, 1 - mu.square() / q, 0.0).clamp_(min=0.0))
+        parts.append(torch.where(q == 0, 0.0, 1 - mu.square() / q).clamp_(min=0.0))
     order = [index for indices in places.values() for index in indices]
     together = torch.cat([part.to(parts[0]) for part in parts])
     return select(together, sorted(range(len(order)), key=order.__getitem__))
