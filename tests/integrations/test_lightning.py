@@ -243,6 +243,21 @@ def _loss_after_one_step(module):
     return trained.loss(small_batch(2)).detach() / 2
 
 
+def test_a_run_that_ended_within_an_accumulation_leaves_no_loss_to_the_next():
+    class Fails(Net):
+        def training_step(self, batch, batch_idx):
+            if batch_idx == 1:
+                raise RuntimeError("on purpose")
+            return super().training_step(batch, batch_idx)
+
+    fresh, used = (SparsityTargetCallback(0.5, every=1, tail_energy=0.1) for _ in range(2))
+    with pytest.raises(RuntimeError, match="on purpose"):
+        fit(Fails(driven), used, accumulate_grad_batches=2)
+    fit(Net(driven), used, accumulate_grad_batches=2)
+    fit(Net(driven), fresh, accumulate_grad_batches=2)
+    assert used.target.history == fresh.target.history
+
+
 def test_nothing_stays_behind():
     module = Net(driven)
     callback = SparsityTargetCallback(0.5)

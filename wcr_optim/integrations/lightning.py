@@ -90,6 +90,8 @@ class SparsityTargetCallback(Callback):
         if self._loaded is not None:
             self.target.load_state_dict(self._loaded)
             self._loaded = None
+        else:
+            self._loss, self._batches = 0.0, 0  # of an accumulation in which an earlier run ended
         self._steps, self._global_step = 0, trainer.global_step
         self._logged = len(self.target.history)
         self._hook = optimizer.register_step_post_hook(self._note_step)
