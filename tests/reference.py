@@ -6,6 +6,7 @@ import io
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from wcr_optim import penalties
 
@@ -95,3 +96,19 @@ def through_file(state: object) -> object:
     torch.save(state, file)
     file.seek(0)
     return torch.load(file, weights_only=True)
+
+
+class Elsewhere(torch.Tensor):
+    """A tensor whose elements are those of another one, as quantized weights' are."""
+
+    @staticmethod
+    def __new__(cls, inner):
+        return torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype, strides=inner.stride())
+
+    def __init__(self, inner):
+        self.inner = inner
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, arguments=(), options=None):
+        plain = tree_map(lambda x: x.inner if isinstance(x, cls) else x, (arguments, options or {}))
+        return function(*plain[0], **plain[1])

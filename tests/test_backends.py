@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from reference import make_closure, plain_moments, plain_shrink, small_net, train
+from reference import Elsewhere, make_closure, plain_moments, plain_shrink, small_net, train
 from torch import nn
 
 from benchmarks.overhead import peak_of
@@ -197,6 +197,11 @@ def test_nearly_equal_magnitudes_keep_the_variance_they_have(backend):
     exact = w.double().abs().var(correction=0)
     m = moments([w], backend=backend)
     assert m.variance.item() == pytest.approx(exact.item(), rel=1e-2)
+
+
+def test_layers_that_lie_elsewhere_than_where_their_address_says(backend):
+    inner = torch.randn(30, 40)
+    assert moments([Elsewhere(inner)], backend=backend).mu == pytest.approx(plain_moments(inner)[1])
 
 
 def test_special_values(backend):

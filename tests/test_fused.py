@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 import torch
-from reference import make_closure, small_batch, small_net, through_file, train, weights
+from reference import Elsewhere, make_closure, small_batch, small_net, through_file, train, weights
 from torch import nn
 from torch.optim import lr_scheduler
 
@@ -314,6 +314,18 @@ def test_layers_whose_gradient_lies_otherwise_in_memory_are_left_to_torch(net_of
             net[0].weight.grad = net[0].weight.grad.t().contiguous().t()
             opt.step()
     assert set(opts[0].base._known) == {nets[0][3].weight}
+    assert_close(*nets)
+
+
+def test_gradients_that_lie_elsewhere_are_left_to_torch(backend):
+    device = DEVICE if backend == "triton" else "cpu"
+    nets = [nn.ParameterList([torch.linspace(-1, 1, 60, device=device).view(6, 10)]) for _ in range(2)]
+    opts = make(SGD, nets[0], backend), unfused(SGD, nets[1])
+    for net, opt, view in zip(nets, opts, (Elsewhere, lambda grad: grad), strict=True):
+        for _ in range(3):
+            net[0].grad = view(net[0].detach().cos())
+            opt.step()
+    assert not opts[0].base._known
     assert_close(*nets)
 
 

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wcr_optim.layout import is_dense
+from wcr_optim.layout import has_address, is_dense
 from wcr_optim.moments import eager_sums
 from wcr_optim.shrink import eager_shrink_, make_noise
 
@@ -54,7 +54,7 @@ def why_not() -> str | None:
 
 def fuses(w: Tensor) -> bool:
     """Return whether a layer's update can be fused with its shrink."""
-    return w.dtype in DTYPES and is_dense(w)
+    return w.dtype in DTYPES and is_dense(w) and has_address(w)
 
 
 def sums(parts: Sequence[Tensor]) -> Tensor:

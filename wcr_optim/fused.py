@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from torch.optim import optimizer as torch_optimizer
 
 from wcr_optim import backends
-from wcr_optim.layout import as_dtensor, is_dense, local, stamp
+from wcr_optim.layout import as_dtensor, has_address, is_dense, local, stamp
 from wcr_optim.moments import measure
 from wcr_optim.uploads import select
 
@@ -193,13 +193,13 @@ def _alike(streams: Sequence[Tensor]) -> bool:
     first = as_dtensor(streams[0])
     placements = None if first is None else first.placements
     w = local(streams[0])
-    if not is_dense(w):
+    if not is_dense(w) or not has_address(w):
         return False
     for stream in streams[1:]:
         sharded = as_dtensor(stream)
         x = local(stream)
         if (None if sharded is None else sharded.placements) != placements or x.layout != w.layout:
             return False
-        if (x.dtype, x.device, x.shape, x.stride()) != (w.dtype, w.device, w.shape, w.stride()):
+        if not has_address(x) or (x.dtype, x.device, x.shape, x.stride()) != (w.dtype, w.device, w.shape, w.stride()):
             return False
     return True

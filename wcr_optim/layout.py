@@ -57,6 +57,14 @@ def is_dense(tensor: Tensor) -> bool:
     return tensor.is_contiguous() or in_memory_order(tensor).is_contiguous()
 
 
+def has_address(tensor: Tensor) -> bool:
+    """Return whether the elements themselves lie where `data_ptr` says, for a kernel that asks nobody else.
+
+    A subclass may keep them elsewhere, as quantized weights do, or a gradient that is still on its way.
+    """
+    return type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__
+
+
 def pieces(tensor: Tensor, limit: int) -> Iterator[Tensor]:
     """Cut a tensor into views of at most `limit` elements, in memory order; 1-D ones where the memory has no gaps."""
     if is_dense(tensor):
