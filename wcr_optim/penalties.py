@@ -182,7 +182,9 @@ class PerUnit(ScaleFree):
 
     Each unit concentrates the weights that it reads its inputs with and keeps their energy. Over a whole layer the
     units compete: those with the smaller weights lose theirs altogether, and where a normalization follows, which
-    makes up for a unit's scale, what pruning takes there counts in full. This form is this package's, not the paper's.
+    makes up for a unit's scale, what pruning takes there counts in full. Of weights that are stored the other way round
+    (torch's transposed convolutions, transformers' Conv1D) a row is what one input is passed on with. This form is this
+    package's, not the paper's.
 
     Args:
         max_growth: Bound on the growth of one step, gain <= 1 + max_growth (default: 0.1).

@@ -77,6 +77,9 @@ class StrengthSchedule:
 
         schedule = StrengthSchedule(optimizer, total_steps=10_000, warmup=1_000, shape="cosine")
 
+    To resume, make it before the optimizer's state is loaded, since it takes the strengths that it finds for the
+    largest ones, and then load its own.
+
     A schedule of one's own needs no class: set `group["weight_concentration"]` (or the key of another penalty) before
     each `optimizer.step()`.
 
