@@ -321,6 +321,17 @@ def test_the_compiler_may_come_with_arguments(monkeypatch):
     assert compiled.sums([torch.ones(3)]).tolist() == [[3.0, 3.0]]
 
 
+def test_cxx_may_be_a_path_with_blanks_or_no_command_at_all(tmp_path, monkeypatch):
+    compiler = tmp_path / "my compilers" / "broken"
+    compiler.parent.mkdir()
+    compiler.write_text("#!/bin/sh\nexit 1\n")
+    compiler.chmod(0o700)
+    monkeypatch.setenv("CXX", str(compiler))
+    assert compiled.why_not().startswith(f"{compiler} failed")
+    monkeypatch.setenv("CXX", "c++ 'no end")
+    assert compiled.why_not().startswith('there is no C++ compiler "c++ \'no end"')
+
+
 @needs_compiler
 def test_compiled_sums_and_rounding_do_not_depend_on_the_number_of_threads():
     weights = [torch.randn(n) for n in SIZES]

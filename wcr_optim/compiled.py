@@ -167,7 +167,7 @@ def _writes(*streams: Sequence[Tensor]) -> None:
 @lru_cache(maxsize=4)
 def _library(compiler: str | None) -> ctypes.CDLL | str:
     """Compile native.cpp and load it, or return why not; `compiler` is CXX, which torch's own extensions heed too."""
-    commands = [shlex.split(compiler)] if compiler else [[name] for name in COMPILERS]
+    commands = [_split(compiler)] if compiler else [[name] for name in COMPILERS]
     command = next((c for c in commands if c and shutil.which(c[0])), None)
     if command is None:
         named = repr(compiler) if compiler else "among " + ", ".join(COMPILERS)
@@ -187,6 +187,14 @@ def _library(compiler: str | None) -> ctypes.CDLL | str:
         return f"{name} failed: {_complaint(error.stderr)}; name another compiler in CXX, or choose backend='eager'"
     except (OSError, subprocess.TimeoutExpired) as error:
         return f"{name} makes no library that loads: {error}; choose backend='eager'"
+
+
+def _split(compiler: str) -> list[str]:
+    """Split CXX into a command and its arguments; it can also be a path, with blanks or backslashes in it."""
+    try:
+        return [compiler] if shutil.which(compiler) else shlex.split(compiler)
+    except ValueError:  # a quotation that does not end
+        return [compiler]
 
 
 def _complaint(stderr: str) -> str:
