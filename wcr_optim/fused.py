@@ -53,7 +53,8 @@ class FusedUpdate(Optimizer):
     """Mixin before one of torch's optimizers: knows sums of weights, and takes shrinks along in its next step.
 
     Between `take_over` and the step nobody may write into the weights. Writes after the step are noticed by the
-    tensors' version counters, which torch's in-place operations advance; writes through `.data` are not.
+    tensors' version counters, which torch's in-place operations advance. Writes through `.data` are not, nor those of
+    other processes, nor those of torch._foreach operations on DTensors, which advance none.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
