@@ -313,7 +313,9 @@ def _device(network: nn.Module) -> torch.device:
 
 
 def _number(text: str) -> Any:
-    try:
-        return float(text)
-    except ValueError:
-        return text
+    for kind in (int, float):  # numbers of steps have to be whole
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text

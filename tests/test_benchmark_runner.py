@@ -217,6 +217,15 @@ def test_a_run_on_the_test_split_is_measured_in_every_way(method):
         assert rows[0]["value"] == rows[1]["value"]
 
 
+def test_options_reach_the_target_as_what_they_are():
+    trial = Trial(
+        "digits_mlp", "sgd+target", goal=0.9, options="every=2;end=0.4;scope=layer;max_dense_cost=1e3", steps=6
+    )
+    assert trial.settings == {"every": 2, "end": 0.4, "scope": "layer", "max_dense_cost": 1e3}
+    rows = run_trial(trial, sparsities=(0.0, 0.9))
+    assert all(float(row["tail"]) > 0 for row in rows)
+
+
 def test_a_trial_repeats_itself_bit_for_bit():
     trial = Trial("digits_mlp", "sgd+cram+wcr", seed=3, strength=1e-3, split="test", steps=8)
     first, second = ([row["value"] for row in run_trial(trial)] for _ in range(2))
