@@ -100,6 +100,19 @@ def test_fused_steps_are_the_unfused_ones(net_of, backend, cls, options, measure
     assert measured == [2] * first
 
 
+@pytest.mark.skipif(not issubclass(torch.optim.AdamW, torch.optim.Adam), reason="this torch is such an older one")
+def test_an_older_torchs_adamw_which_has_a_flag_among_the_lists(net_of, backend, monkeypatch):
+    ours, plain = net_of(), net_of()
+    steps(plain, unfused(AdamW, plain), range(4))
+    theirs, fusing = torch.optim.Adam._init_group, fused.FusedUpdate._init_group
+    monkeypatch.setattr(torch.optim.Adam, "_init_group", lambda self, *a: theirs(self, *a[:5], *a[6:]))
+    monkeypatch.setattr(fused.FusedUpdate, "_init_group", lambda self, *a: fusing(self, *a[:5], False, *a[5:]))
+    opt = make(AdamW, ours, backend)
+    steps(ours, opt, range(4))
+    assert opt.base._known
+    assert_close(ours, plain)
+
+
 def test_it_is_torchs_optimizer_with_torchs_state(net_of, backend):
     for cls, theirs, options in ((AdamW, torch.optim.AdamW, {}), (SGD, torch.optim.SGD, {"momentum": 0.9})):
         ours, plain = net_of(), net_of()

@@ -106,9 +106,10 @@ class FusedUpdate(Optimizer):
         streams = self._streams(w, group)
         return streams is not None and _alike(streams) and backends.implementation(backend).fuses(local(w))
 
-    def _init_group(self, group: dict[str, Any], *lists: list[Any]) -> Any:
+    def _init_group(self, group: dict[str, Any], *arguments: Any) -> Any:
         """Collect what torch's step will update; layers that were taken over are updated here, and left out."""
-        result = super()._init_group(group, *lists)  # type: ignore[misc]
+        result = super()._init_group(group, *arguments)  # type: ignore[misc]
+        lists = [x for x in arguments if isinstance(x, list)]  # an older torch's AdamW has a flag among them
         for w in lists[0]:
             self._known.pop(w, None)  # for an interrupted update, and torch's, which counts no version of a DTensor
         for shrinks in self._taken:
