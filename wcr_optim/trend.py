@@ -44,7 +44,7 @@ class LossTrend:
 
         Args:
             loss: One number.
-            device: Where ranks exchange a loss that is no tensor; None is the CPU (default: None).
+            device: Where ranks exchange it, the weights' device; None is the CPU (default: None).
 
         Raises:
             ValueError: If it is not one number.
@@ -119,6 +119,7 @@ def _over_ranks(loss: float | Tensor, device: torch.device) -> float | Tensor:
     ranks = torch.distributed.get_world_size()
     if ranks == 1:
         return loss
-    mean = loss.clone() if isinstance(loss, Tensor) else torch.tensor(loss, dtype=accumulator(device), device=device)
+    # On the weights' device: NCCL moves nothing that lies on the CPU.
+    mean = torch.as_tensor(loss, device=device).to(accumulator(device), copy=True)
     torch.distributed.all_reduce(mean)
     return mean / ranks
