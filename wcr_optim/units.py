@@ -46,7 +46,7 @@ def unit_moments(layers: Sequence[Tensor]) -> Moments:
         sums.append(torch.cat([_sums(part) for part in _pieces(rows)]) if rows.numel() else _no_sums(rows))
         lengths.append(float(math.prod(w.shape[1:])))
     sums = _over_ranks(sums, layers)
-    n = spread(torch.tensor(lengths, dtype=accumulator(device)).to(device, non_blocking=True), layers)
+    n = spread(torch.tensor(lengths, dtype=accumulator(device), device="cpu").to(device, non_blocking=True), layers)
     mu, q = (torch.cat(sums) / n.clamp(min=1).unsqueeze(1)).unbind(1)
     return Moments(n, mu, q)
 
