@@ -24,6 +24,8 @@ from wcr_optim import plots
 from wcr_optim.files import written_whole
 
 SUITES = ("vision", "language", "segmentation")
+SHOWN = 12
+"""How many tolerances a strength may cost dense and still be in the picture of the trade-off."""
 Rows = Sequence[Mapping[str, str]]
 
 
@@ -253,8 +255,8 @@ def draw(rows: Rows, task: str, folder: Path) -> None:
     tradeoffs: dict[str, list[tuple[float, float]]] = {}
     for method in tested(rows, task):
         parts = Method.of(method)
-        if parts.sharpness is not None or parts.pruning == "random":
-            continue
+        if parts.sharpness is not None or parts.pruning == "random" or parts.penalty in ("l2", "prox"):
+            continue  # beside the rest they tell nothing, and hide it
         pair = tuning.chosen(rows, task, method, goal) if parts.searched else None
         for row in rows:
             if (row["task"], row["method"], row["split"], row["metric"]) != (task, method, "test", kind.metric):
@@ -265,8 +267,10 @@ def draw(rows: Rows, task: str, folder: Path) -> None:
             if same and (not parts.has_goal or float(row["goal"]) == goal) and parts.pruning is None:
                 curves.setdefault(parts.label, []).append((float(row["sparsity"]), float(row["value"])))
         means = tuning.validation_means(rows, task, method)
-        if len(means) > 1:
-            tradeoffs[parts.label] = [(at[0.0], at[goal]) for at in means.values() if goal in at]
+        if len(means) > 1 and parts.base == next(iter(kind.lr)):
+            best = kind.best(at[0.0] for at in means.values())
+            near = [at for at in means.values() if abs(at[0.0] - best) <= SHOWN * kind.tolerance]
+            tradeoffs[parts.label] = [(at[0.0], at[goal]) for at in near]
     folder.mkdir(parents=True, exist_ok=True)
     if curves:
         plots.sparsity_accuracy(curves, folder / f"{task}.png", ylabel=kind.metric.replace("_", " "))
