@@ -104,8 +104,9 @@ def test_fused_steps_are_the_unfused_ones(net_of, backend, cls, options, measure
 def test_an_older_torchs_adamw_which_has_a_flag_among_the_lists(net_of, backend, monkeypatch):
     ours, plain = net_of(), net_of()
     steps(plain, unfused(AdamW, plain), range(4))
-    theirs, fusing = torch.optim.Adam._init_group, fused.FusedUpdate._init_group
-    monkeypatch.setattr(torch.optim.Adam, "_init_group", lambda self, *a: theirs(self, *a[:5], *a[6:]))
+    # Of AdamW itself, and not of the Adam below it: importing torch._dynamo gives every optimizer a method of its own.
+    theirs, fusing = torch.optim.AdamW._init_group, fused.FusedUpdate._init_group
+    monkeypatch.setattr(torch.optim.AdamW, "_init_group", lambda self, *a: theirs(self, *a[:5], *a[6:]))
     monkeypatch.setattr(fused.FusedUpdate, "_init_group", lambda self, *a: fusing(self, *a[:5], False, *a[5:]))
     opt = make(AdamW, ours, backend)
     steps(ours, opt, range(4))
