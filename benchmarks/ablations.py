@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import functools
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from benchmarks import runner, tasks, tuning
@@ -100,8 +100,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _run(device: str, trial: Trial, progress: object) -> list[runner.Row]:
-    return run_trial(trial, device, progress)  # type: ignore[arg-type]
+def _run(device: str, trial: Trial, progress: Callable[[], None]) -> list[runner.Row]:
+    return run_trial(trial, device, progress)
 
 
 def report(rows: tuning.Rows, task: str, base: str) -> str:

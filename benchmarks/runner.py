@@ -22,7 +22,7 @@ from wcr_optim.files import written_whole
 try:
     import fcntl
 except ImportError:  # no such locks on this system: one command at a time then
-    fcntl = None  # type: ignore[assignment]
+    fcntl = None
 
 T = TypeVar("T")
 Row = dict[str, Any]
@@ -75,11 +75,11 @@ def run(
                 bar.update(counter.value - bar.n)
                 for future in ended:
                     done(future.result())
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            for process in list((pool._processes or {}).values()):
-                process.terminate()  # a run of minutes is not waited for; its rows are written whole or not at all
-            raise
+        finally:
+            if pending:  # an error or an interruption: runs of minutes are not waited for, and leave no rows
+                pool.shutdown(wait=False, cancel_futures=True)
+                for process in list((pool._processes or {}).values()):
+                    process.terminate()
     return [future.result() for future in futures]
 
 

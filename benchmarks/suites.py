@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +63,7 @@ def main(suite: str, argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _run(device: str, sparsities: tuple[float, ...], trial: Trial, progress: Any) -> list[runner.Row]:
+def _run(device: str, sparsities: tuple[float, ...], trial: Trial, progress: Callable[[], None]) -> list[runner.Row]:
     return run_trial(trial, device, progress, sparsities)
 
 
