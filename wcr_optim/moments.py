@@ -16,7 +16,7 @@ from wcr_optim.uploads import upload
 # On the CPU several operations in turn read a chunk, so it and the buffer beside it must fit the cores' second-level
 # caches; and each operation must be worth its dispatch and the threads' meeting at its end. Sums run in the weights'
 # precision within a chunk and in float64 across chunks: no rounding error grows with the layer.
-CHUNK = 2**18
+CHUNK = 2**19
 # Layers up to this size are packed together, as many as fit a batch: their operations would cost more in dispatch than
 # in memory.
 SMALL = 2**14

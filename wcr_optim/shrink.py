@@ -10,14 +10,14 @@ from torch import Tensor
 
 from wcr_optim import backends
 from wcr_optim.layout import local, pieces
-from wcr_optim.moments import BATCH, CHUNK, SMALL, chunk_buffer, compute_dtype, shaped
+from wcr_optim.moments import BATCH, CHUNK, SMALL, compute_dtype
 from wcr_optim.packing import ROW, Packed, batches
 from wcr_optim.rounding import Noise, round_to, saturate, stochastic_round
 
 __all__ = ["eager_shrink_", "shrink_", "stochastic_round"]
 
-# A buffer lies beside a piece of a layer, and float32 values and random bits beside weights of less than 32 bits.
-PIECE = CHUNK // 2
+# Weights of less than 32 bits have float32 values and random bits beside them, others nothing.
+PIECE = CHUNK // 4
 # Elsewhere than on the CPU there is no cache to fit, and a chunk only bounds the temporaries.
 DEVICE_CHUNK = 2**24
 
@@ -64,22 +64,20 @@ def eager_shrink_(parts: Sequence[Tensor], gain: Tensor, threshold: Tensor, nois
     if parts[0].device.type != "cpu":
         for w, g, t in zip(parts, gain.unbind(), threshold.unbind(), strict=True):
             for piece in pieces(w, DEVICE_CHUNK):
-                shrink_piece_(piece, g, t, None, noise)
+                shrink_piece_(piece, g, t, noise)
         return
     # On the CPU plain numbers are free and tell which layers need no pass at all; elsewhere reading them would wait
     # for the device.
     scalars = list(zip(gain.tolist(), threshold.tolist(), strict=True))
     changing = [i for i, pair in enumerate(scalars) if pair != (1.0, 0.0)]
-    buffers: dict[torch.dtype, Tensor] = {}
     for batch in batches(parts, changing, SMALL, BATCH):
         if batch.packed:
             layers = [parts[i] for i in batch.layers]
             _shrink_packed(layers, gain[batch.layers], threshold[batch.layers], noise)
         else:
             (i,) = batch.layers
-            buffer = chunk_buffer(parts[i], buffers)
-            for piece in pieces(parts[i], PIECE):
-                shrink_piece_(piece, *scalars[i], buffer, noise)
+            for piece in pieces(parts[i], CHUNK if parts[i].element_size() >= 4 else PIECE):
+                shrink_piece_(piece, *scalars[i], noise)
 
 
 def traced_shrink_(parts: Sequence[Tensor], gain: Tensor, threshold: Tensor) -> None:
@@ -101,20 +99,20 @@ def make_noise(parts: Sequence[Tensor], seed: int | Tensor | None) -> Noise | No
     return Noise(int(seed), min(limit, sum(narrow) + ROW * len(narrow)), device)
 
 
-def shrink_piece_(piece: Tensor, gain: Any, threshold: Any, buffer: Tensor | None, noise: Noise | None) -> None:
+def shrink_piece_(piece: Tensor, gain: Any, threshold: Any, noise: Noise | None) -> None:
     """`shrink_` of a piece of a layer, given numbers or tensors of shape ()."""
     dtype = compute_dtype(piece)
     w = piece if piece.dtype == dtype else piece.to(dtype)
     if isinstance(threshold, float) and threshold == 0.0:
         w.mul_(gain)
-    elif buffer is None or gain == 1.0:
-        # |w| - threshold beyond the threshold, and exactly zero within it
-        w.sub_(torch.clamp(w, -threshold, threshold, out=None if buffer is None else shaped(buffer, w)))
-        if buffer is None:
+    elif isinstance(threshold, float):
+        # In place, so that a piece is all that the two operations keep in cache.
+        torch.ops.aten.softshrink.out(w, threshold, out=w)
+        if gain != 1.0:
             w.mul_(gain)
     else:
-        # The same up to rounding in two operations, of which the second alone writes into memory.
-        torch.ops.aten.softshrink.out(torch.mul(w, gain, out=shaped(buffer, w)), gain * threshold, out=w)
+        # |w| - threshold beyond the threshold, and exactly zero within it
+        w.sub_(torch.clamp(w, -threshold, threshold)).mul_(gain)
     if w is not piece:
         piece.copy_(round_to(w, piece.dtype, noise, piece))
 

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from wcr_optim.layout import as_dtensor, flat, local, sum_over_shards
-from wcr_optim.moments import CHUNK, accumulator
+from wcr_optim.moments import accumulator
 
+_CHUNK = 2**18  # weights of which copies are made at a time
 _DROPPED_BITS = 18
 _BUCKETS = 2 ** (31 - _DROPPED_BITS)
 _INFINITE = 0x7F80_0000 >> _DROPPED_BITS  # the first bucket that holds no finite number
@@ -66,7 +67,7 @@ def _by_layout(tensors: Sequence[Tensor]) -> dict[Any, list[Tensor]]:
 
 
 def _count(weights: Tensor, counts: Tensor) -> None:
-    for chunk in torch.split(flat(local(weights)), CHUNK):
+    for chunk in torch.split(flat(local(weights)), _CHUNK):
         bucket = (chunk.float().view(torch.int32) & 0x7FFF_FFFF) >> _DROPPED_BITS
         if bucket.device.type == "cpu":
             counts += torch.from_numpy(np.bincount(bucket.numpy(), minlength=_BUCKETS))

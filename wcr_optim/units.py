@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from wcr_optim.layout import as_dtensor, local
-from wcr_optim.moments import CHUNK, Moments, accumulator, compute_dtype
+from wcr_optim.moments import Moments, accumulator, compute_dtype
 from wcr_optim.rounding import Noise, round_to
-from wcr_optim.shrink import DEVICE_CHUNK
+from wcr_optim.shrink import DEVICE_CHUNK, PIECE
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -95,7 +95,7 @@ def _rows(w: Tensor) -> Tensor:
 
 def _pieces(rows: Tensor) -> Iterator[Tensor]:
     """Cut a weight into whole rows, as many as fit a chunk."""
-    chunk = CHUNK if rows.device.type == "cpu" else DEVICE_CHUNK
+    chunk = PIECE if rows.device.type == "cpu" else DEVICE_CHUNK
     yield from torch.split(rows, max(1, chunk // max(1, math.prod(rows.shape[1:]))))
 
 
