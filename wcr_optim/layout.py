@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
     from torch.distributed.tensor import DTensor
 
+_LINE = 64  # elements; pieces begin where vectors and cache lines do
+
 
 def as_dtensor(tensor: Tensor) -> DTensor | None:
     """Return the tensor when it is sharded or replicated over a device mesh, else None."""
@@ -68,7 +70,7 @@ def has_address(tensor: Tensor) -> bool:
 def pieces(tensor: Tensor, limit: int) -> Iterator[Tensor]:
     """Cut a tensor into views of at most `limit` elements, in memory order; 1-D ones where the memory has no gaps."""
     if is_dense(tensor):
-        yield from torch.split(flat(tensor), limit)
+        yield from torch.split(flat(tensor), _even(tensor.numel(), limit))
         return
     ordered = in_memory_order(tensor)
     if ordered.numel() <= limit:
@@ -76,6 +78,12 @@ def pieces(tensor: Tensor, limit: int) -> Iterator[Tensor]:
         return
     for part in torch.split(ordered, max(1, limit // ordered[0].numel())):
         yield from pieces(part[0] if part.shape[0] == 1 else part, limit)
+
+
+def _even(n: int, limit: int) -> int:
+    """Return the size of the fewest pieces of at most `limit`, all alike: a short last one costs as many calls."""
+    count = max(1, -(-n // limit))
+    return min(limit, -(-n // (count * _LINE)) * _LINE) or 1
 
 
 def sum_over_shards(sums: Tensor, tensors: Sequence[Tensor]) -> Tensor:

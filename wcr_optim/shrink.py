@@ -17,7 +17,7 @@ from wcr_optim.rounding import Noise, round_to, saturate, stochastic_round
 __all__ = ["eager_shrink_", "shrink_", "stochastic_round"]
 
 # Weights of less than 32 bits have float32 values and random bits beside them, others nothing.
-PIECE = CHUNK // 4
+PIECE = 2**17
 # Elsewhere than on the CPU there is no cache to fit, and a chunk only bounds the temporaries.
 DEVICE_CHUNK = 2**24
 

@@ -233,7 +233,8 @@ class TestSparsityTarget:
             callback = SparsityTargetCallback(0.5, tail_energy=0.5, every=1)
             trainer_of(tmp_path, model, driven(groups_of(model)), callbacks=[callback, Copies()], **changes).train()
             histories.append(callback.target.history)
-        assert histories[0] == histories[1]
+        # A compiled graph may sum in another order, which differs from processor to processor.
+        torch.testing.assert_close(torch.tensor(histories[0]), torch.tensor(histories[1]), rtol=1e-4, atol=0)
         assert all(math.isfinite(smooth) for *_, smooth in histories[0])
 
     def test_reaches_its_goal_without_a_warning(self, tmp_path):
