@@ -62,7 +62,7 @@ class Decoupled(OptimizerWrapper):
         The idea of decoupling: Loshchilov & Hutter, "Decoupled Weight Decay Regularization", ICLR 2019.
     """
 
-    group_keys = ("min_ndim",)
+    group_keys = (*OptimizerWrapper.group_keys, "min_ndim")
     _outside_graphs: ClassVar[Callable[[Decoupled], None]]
 
     def __init__(

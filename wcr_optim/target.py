@@ -19,6 +19,7 @@ from wcr_optim.penalties import InverseVariance, Penalty
 from wcr_optim.strength import Strengths, check_total_steps
 from wcr_optim.tail import tail_energies
 from wcr_optim.trend import LossTrend
+from wcr_optim.wrapper import LR_FACTOR, OptimizerWrapper
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -38,6 +39,8 @@ MAX_ENERGY_LOSS = 10.0  # as a logarithm, of any layer over the whole run, if th
 RECOVERY = 1.1  # of a ceiling, from one measurement to the next at which the loss is well
 DEAD = 1e-4  # of its energy at the start: a layer that the penalty has all but taken away
 USELESS = 1.01  # a larger step that raises the thresholds by less than this has no effect left to give
+NORMALIZED, PLAIN = 1.0, 0.25  # exponents of the lr's compensation: updates of a size of their own, and SGD's
+RISE, FALL = 1.1, 0.8  # of its factor, from one measurement to the next: at most, and while the loss is above its best
 
 
 @dataclass
@@ -82,6 +85,14 @@ class SparsityTarget:
             optimizer.step()
             target.step(loss)
 
+    As fewer and fewer weights take part, the same learning rate moves the network less and less, so the base's is raised
+    to make up for it. The measure is the effective density, mu^2 / q, the share of weights that an evenly spread layer of
+    the same moments would have; as it falls, the group's "lr_factor" rises:
+
+        lr_factor = (density at the start / density now) ^ lr_exponent,    at most (1 / (1 - sparsity)) ^ lr_exponent
+
+    which multiplies the lr in the base's update and nowhere else: schedulers, logs and the penalty see the lr as it was.
+
     It does not kill the network: the strength stops rising where more of it would do nothing (a form that saturates),
     where the penalty would take a layer's energy away or has done so (l1), and where the smoothed training loss rises
     too far above the best it has been: by `max_dense_cost`, or, without one, by most of what training gained (by as
@@ -104,6 +115,9 @@ class SparsityTarget:
         start: Share of the run after which the tail begins to fall (default: 0.0).
         end: Share of the run at which the tail shall be at its goal (default: 0.6).
         every: Steps between measurements; None measures 100 times in a run (default: None).
+        lr_exponent: How far the base's lr makes up for the lost density, from 0, not at all, to 1. None stands for 1 where
+            updates have a size of their own (Adam and all that normalize them) and for 1/4 around SGD (torch's, or a
+            class named SGD...), whose steps follow the gradient's size, at the edge of stability (default: None).
 
     Attributes:
         last_tail: The tail as last measured, over all driven weights; NaN before the first step.
@@ -112,6 +126,10 @@ class SparsityTarget:
     Raises:
         TypeError: If optimizer is no optimizer.
         ValueError: If there is no penalty to drive, or a value is bad; the message names the way out.
+
+    Source:
+        The lr's exponent of 1 for Adam: Dey, Bergsma & Hestness, "Sparse maximal update parameterization",
+        NeurIPS 2024 (SuPar), for static random sparsity; the measure of density and the exponent 1/4 are ours.
     """
 
     def __init__(
@@ -126,6 +144,7 @@ class SparsityTarget:
         start: float = 0.0,
         end: float = 0.6,
         every: int | None = None,
+        lr_exponent: float | None = None,
     ) -> None:
         for name, value in (("sparsity", sparsity), ("tail_energy", tail_energy)):
             if not 0.0 < value < 1.0:
@@ -140,16 +159,22 @@ class SparsityTarget:
             raise ValueError(
                 f"max_dense_cost must be positive and finite, in units of the loss, got {max_dense_cost!r}"
             )
+        if lr_exponent is not None and not 0.0 <= lr_exponent <= 1.0:
+            raise ValueError(f"lr_exponent must lie in [0, 1], 0 to leave the lr alone, got {lr_exponent!r}")
         total_steps = check_total_steps(total_steps)
         self._strengths = Strengths(optimizer)
         self.sparsity, self.total_steps, self.tail_energy = float(sparsity), total_steps, float(tail_energy)
         self.max_dense_cost, self.scope, self.start, self.end = max_dense_cost, scope, start, end
         self.every = every or max(1, total_steps // MEASUREMENTS)
+        self.lr_exponent = _exponent(self._strengths.decoupled) if lr_exponent is None else lr_exponent
         self.steps = 0
         self.last_tail = math.nan
         self.history: list[list[float]] = []
         self._loops: list[_Loop] = []
         self._first_energy: dict[str, float] = {}
+        self._first_density: dict[int, float] = {}  # of each group
+        for index in self._strengths.driven():  # so that a checkpoint that is loaded through a template finds a place
+            self._strengths.groups[index].setdefault(LR_FACTOR, 1.0)
         self._loss = LossTrend()
         if isinstance(self._penalty, InverseVariance):
             warnings.warn(
@@ -166,6 +191,10 @@ class SparsityTarget:
     def strengths(self) -> list[float]:
         """Return every group's present strength, 0 for those that are not driven."""
         return self._strengths.values()
+
+    def lr_factors(self) -> list[float]:
+        """Return by what each group's lr is multiplied at present in the base's update."""
+        return [float(group.get(LR_FACTOR, 1.0)) for group in self._strengths.groups]
 
     def step(self, loss: float | Tensor | None = None) -> None:
         """Take note of one step of the optimizer; call it after each `optimizer.step()`.
@@ -207,6 +236,8 @@ class SparsityTarget:
             # takes no list of dicts for a value.
             "loops": {field.name: [getattr(loop, field.name) for loop in self._loops] for field in fields(_Loop)},
             "first_energy": [list(pair) for pair in self._first_energy.items()],
+            "first_density": [list(pair) for pair in self._first_density.items()],
+            "lr_factors": self.lr_factors(),
             "loss": self._loss.state_dict(),
             "history": [list(row) for row in self.history],
         }
@@ -216,14 +247,19 @@ class SparsityTarget:
         columns = state_dict["loops"]
         loops = [_Loop(**dict(zip(columns, row, strict=True))) for row in zip(*columns.values(), strict=True)]
         history, energy = [list(row) for row in state_dict["history"]], dict(state_dict["first_energy"])
+        density, factors = dict(state_dict.get("first_density", ())), state_dict.get("lr_factors", ())
         steps, last_tail = state_dict["steps"], state_dict["last_tail"]
         given, reference = list(state_dict["given"]), state_dict["reference"]
         self._loss.load_state_dict(state_dict["loss"])
         self.steps, self.last_tail = steps, last_tail
         self._strengths.given, self._strengths.reference = given, reference
         self._loops, self._first_energy, self.history = loops, energy, history
+        self._first_density = density
         for loop in self._loops:
             self._set(loop)
+        for index in self._strengths.driven():
+            if index < len(factors):
+                self._set_lr_factor(index, factors[index])
 
     def _find_loops(self) -> None:
         """Give every driven group a loop, those that were added since too."""
@@ -242,6 +278,34 @@ class SparsityTarget:
             for index in loop.groups:
                 if index < len(self._strengths.groups):
                     self._strengths.set(index, loop.level)
+
+    def _set_lr_factor(self, index: int, factor: float) -> None:
+        present = self._strengths.groups[index].get(LR_FACTOR, 1.0)
+        if isinstance(present, Tensor):
+            present.fill_(factor)
+        else:
+            self._strengths.groups[index][LR_FACTOR] = factor
+
+    def _compensate(self, layers: Moments, groups: Sequence[int], cost: float) -> None:
+        """Have each group's base lr make up for lost density, up to what the wanted sparsity calls for.
+
+        Args:
+            layers: Moments of a loop's layers.
+            groups: The group of each.
+            cost: Rise of the loss above its best; while there is one, the factor falls, since it may be the reason.
+
+        """
+        densities = torch.where(layers.q > 0, layers.mu.square() / layers.q, 0.0)
+        most = 1 / (1 - self.sparsity)
+        for index in dict.fromkeys(groups):
+            own = [i for i, group in enumerate(groups) if group == index]
+            n = layers.n[own]
+            density = float((n * densities[own]).sum() / n.sum())
+            if not density > 0.0:
+                continue  # NaN, or nothing left
+            wanted = min(max(self._first_density.setdefault(index, density) / density, 1.0), most) ** self.lr_exponent
+            present = float(self._strengths.groups[index].get(LR_FACTOR, 1.0))
+            self._set_lr_factor(index, max(min(wanted, present * (FALL if cost > 0.0 else RISE)), 1.0))
 
     def _layers(self, loop: _Loop) -> list[tuple[str, int, Tensor]]:
         """List a loop's weights: a name, the group, the tensor."""
@@ -270,6 +334,7 @@ class SparsityTarget:
             names = [name for name, _, _ in named]
             for name, energy in zip(names, (of_layers.n * of_layers.q).tolist(), strict=True):
                 self._first_energy.setdefault(name, energy)
+            self._compensate(of_layers, [index for _, index, _ in named], cost)
             shares = self._shares([index for _, index, _ in named], lr)
             if loop.lr_peak == 0.0:
                 self._begin(loop, of_layers, shares, lr)
@@ -419,6 +484,14 @@ class SparsityTarget:
         from wcr_optim.plots import training_curves
 
         return training_curves(self.history, path, accuracy, goal=self.tail_energy)
+
+
+def _exponent(optimizer: Optimizer) -> float:
+    """Return the exponent for the optimizer at the end of the chain."""
+    while isinstance(optimizer, OptimizerWrapper):
+        optimizer = optimizer.base
+    optimizer = getattr(optimizer, "optim", optimizer)  # what ZeroRedundancyOptimizer runs on each rank
+    return PLAIN if any(kind.__name__.startswith("SGD") for kind in type(optimizer).__mro__) else NORMALIZED
 
 
 def _effect(penalty: Penalty, layers: Moments, s: Tensor) -> tuple[float, float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -14,6 +15,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 Closure = Callable[[], Any]
+
+LR_FACTOR = "lr_factor"
+"""Key of a group whose weights the base is to update with lr * lr_factor; penalties and schedulers see lr alone."""
 
 
 def already_gathered() -> None:
@@ -38,7 +42,8 @@ class OptimizerWrapper(Optimizer):
     whole step while gathering; what a wrapper adds in `update` then comes after it.
 
     `param_groups`, `state` and `defaults` are the base's own; options of the wrapper live in the groups under their
-    own keys, so they can be set per group, scheduled, and are saved with the base's.
+    own keys, so they can be set per group, scheduled, and are saved with the base's. A group's "lr_factor" multiplies its
+    lr in the base's update and nowhere else (`SparsityTarget` sets it).
 
     Args:
         base: The optimizer to wrap.
@@ -51,7 +56,7 @@ class OptimizerWrapper(Optimizer):
 
     base: Optimizer
     #: Keys without a default that a group may have and that a checkpoint which lacks them must not take away.
-    group_keys: ClassVar[tuple[str, ...]] = ()
+    group_keys: ClassVar[tuple[str, ...]] = (LR_FACTOR,)
 
     # Optimizer.__init__ is not called: it would make groups and state of its own beside the base's.
     def __init__(self, base: Optimizer, **options: Any) -> None:
@@ -159,7 +164,8 @@ class OptimizerWrapper(Optimizer):
         if self._base_runs_closure:
             if closure is None:
                 raise ValueError(f"{type(self.base).__name__} needs a closure: call step(closure)")
-            return self.base.step(closure)
+            with self._lr_of_base():
+                return self.base.step(closure)
         if closure is None:
             return None
         with torch.enable_grad():
@@ -170,7 +176,21 @@ class OptimizerWrapper(Optimizer):
         if isinstance(self.base, OptimizerWrapper):
             self.base.step(already_gathered)
         elif not self._base_runs_closure:
-            self.base.step()
+            with self._lr_of_base():
+                self.base.step()
+
+    @contextmanager
+    def _lr_of_base(self) -> Iterator[None]:
+        """Have lr * lr_factor for lr in the groups that have a factor, for a block."""
+        scaled = [group for group in self.param_groups if not _is_one(group.get(LR_FACTOR, 1.0))]
+        rates = [group["lr"] for group in scaled]
+        for group in scaled:
+            group["lr"] = group["lr"] * group[LR_FACTOR]
+        try:
+            yield
+        finally:
+            for group, lr in zip(scaled, rates, strict=True):
+                group["lr"] = lr
 
     def first_step(self, zero_grad: bool = False) -> bool:
         """Move to the weights of the second pass, where an optimizer below takes two (SAM, SparseSAM, CrAM).
@@ -322,6 +342,9 @@ class OptimizerWrapper(Optimizer):
         params = group["params"]
         if not isinstance(params, Tensor) and not len(params) and not _is_one_of_several():
             raise ValueError(f"param_groups[{index}] has no parameters; leave the group out")
+        factor = group.get(LR_FACTOR, 1.0)
+        if not isinstance(factor, Tensor) and not 0.0 <= factor < math.inf:
+            raise ValueError(f"{LR_FACTOR} must be finite and not negative, got {factor!r} in param_groups[{index}]")
 
     def _filled_groups(self) -> list[dict[str, Any]]:
         """Return the groups after filling in what a load or an addition straight to the base left out."""
@@ -340,6 +363,11 @@ class OptimizerWrapper(Optimizer):
 def _plain(value: Any) -> Any:
     """Turn a numpy scalar, as a search over np.logspace gives, into the number that a safe checkpoint can hold."""
     return value.item() if isinstance(value, np.generic) else value
+
+
+def _is_one(factor: float | Tensor) -> bool:
+    """Return whether a factor changes nothing; of a tensor that is not known without waiting for its device."""
+    return not isinstance(factor, Tensor) and factor == 1.0
 
 
 def _is_one_of_several() -> bool:

@@ -1,0 +1,221 @@
+"""A group's lr_factor: the base updates with lr * lr_factor, and nobody else sees anything but lr."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from reference import assert_same, small_net, through_file, train
+from target_reference import BASES, driven, student
+
+from wcr_optim import SAM, SSAM, WCR, AdamW, L1Decay, L2Decay, SparsityTarget, param_groups
+from wcr_optim.wrapper import LR_FACTOR
+
+CHAINS = {
+    "WCR": lambda base: WCR(base, 1e-3),
+    "L2(WCR)": lambda base: L2Decay(WCR(base, 1e-3), 1e-2),
+    "WCR(SAM)": lambda base: WCR(SAM(base), 1e-3),
+    "SSAM(WCR)": lambda base: SSAM(WCR(base, 1e-3)),
+}
+
+
+def sgd(net, lr=0.1):
+    return torch.optim.SGD(net.parameters(), lr=lr, momentum=0.9)
+
+
+class TestUpdate:
+    @pytest.mark.parametrize("chain", CHAINS)
+    @pytest.mark.parametrize("kind", [float, torch.tensor])
+    def test_is_the_bases_lr_and_not_the_penaltys(self, chain, kind):
+        """The twin has the larger lr, and strengths that take it out of the penalties' steps again."""
+        wide, twin = small_net(), small_net()
+        optimizer, other = CHAINS[chain](sgd(wide)), CHAINS[chain](sgd(twin, lr=0.4))
+        optimizer.param_groups[0][LR_FACTOR] = kind(4.0)
+        for option in ("weight_concentration", "l2_decay"):
+            if option in other.param_groups[0]:
+                other.param_groups[0][option] /= 4
+        train(wide, optimizer, range(5), closure=True)
+        train(twin, other, range(5), closure=True)
+        for p, q in zip(wide.parameters(), twin.parameters(), strict=True):
+            torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-7)
+        assert optimizer.param_groups[0]["lr"] == 0.1
+
+    def test_only_its_own_group(self):
+        net = small_net()
+        groups = [{"params": [net[0].weight], LR_FACTOR: 3.0}, {"params": [net[3].weight]}]
+        optimizer = L1Decay(torch.optim.SGD(groups, lr=0.1), 0.0)
+        before = [net[0].weight.clone(), net[3].weight.clone()]
+        for w in before:
+            w.grad = torch.ones_like(w)
+        net[0].weight.grad, net[3].weight.grad = (w.grad for w in before)
+        optimizer.step()
+        torch.testing.assert_close(before[0] - net[0].weight, torch.full_like(before[0], 0.3))
+        torch.testing.assert_close(before[1] - net[3].weight, torch.full_like(before[1], 0.1))
+
+    def test_an_lr_that_is_a_tensor_stays_the_same_tensor(self):
+        net = small_net()
+        optimizer = WCR(torch.optim.SGD(net.parameters(), lr=torch.tensor(0.1)))
+        lr = optimizer.param_groups[0]["lr"]
+        optimizer.param_groups[0][LR_FACTOR] = 2.0
+        train(net, optimizer, range(2))
+        assert optimizer.param_groups[0]["lr"] is lr
+        assert lr.item() == pytest.approx(0.1)
+
+    def test_in_a_fused_step(self):
+        unfused, fused = small_net(), small_net()
+        for net, options in ((unfused, {}), (fused, {"fused": True})):
+            optimizer = AdamW(net.parameters(), lr=1e-2, weight_concentration=1e-3, **options)
+            optimizer.backend = "compiled" if options else "eager"
+            optimizer.param_groups[0][LR_FACTOR] = 5.0
+            train(net, optimizer, range(5))
+        for p, q in zip(unfused.parameters(), fused.parameters(), strict=True):
+            torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+
+    def test_lbfgs(self):
+        wide, twin = small_net(), small_net()
+        for net, lr, factor in ((wide, 0.1, 3.0), (twin, 0.3, 1.0)):
+            optimizer = L1Decay(torch.optim.LBFGS(net.parameters(), lr=lr, max_iter=3), 0.0)
+            optimizer.param_groups[0][LR_FACTOR] = factor
+            train(net, optimizer, range(3), closure=True)
+        for p, q in zip(wide.parameters(), twin.parameters(), strict=True):
+            torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-7)
+
+    def test_a_failed_step_leaves_the_lr(self):
+        net = small_net()
+        optimizer = WCR(sgd(net))
+        optimizer.param_groups[0][LR_FACTOR] = 2.0
+        net[0].weight.grad = torch.ones_like(net[0].weight)
+
+        def fail(*_):
+            raise RuntimeError("no")
+
+        optimizer.base.register_step_pre_hook(fail)
+        with pytest.raises(RuntimeError, match="no"):
+            optimizer.step()
+        assert optimizer.param_groups[0]["lr"] == 0.1
+
+    @pytest.mark.parametrize("bad", [-1.0, math.nan, math.inf])
+    def test_bad_values_are_refused_before_anything_changes(self, bad):
+        net, before = small_net(), small_net()
+        optimizer = WCR(sgd(net))
+        net[0].weight.grad = torch.ones_like(net[0].weight)
+        optimizer.param_groups[0][LR_FACTOR] = bad
+        with pytest.raises(ValueError, match="lr_factor must be finite"):
+            optimizer.step()
+        assert_same(net, before)
+
+    def test_checkpoints_keep_it_and_older_ones_do_not_take_it_away(self):
+        net = small_net()
+        optimizer, older = WCR(sgd(net)), WCR(sgd(net)).state_dict()
+        optimizer.param_groups[0][LR_FACTOR] = 2.0
+        fresh = WCR(sgd(small_net()))
+        fresh.load_state_dict(through_file(optimizer.state_dict()))
+        assert fresh.param_groups[0][LR_FACTOR] == 2.0
+        optimizer.load_state_dict(older)
+        assert optimizer.param_groups[0][LR_FACTOR] == 2.0
+
+
+def density(weights) -> float:
+    """The mean of mu^2 / q over weights, as it is written."""
+    n = sum(w.numel() for w in weights)
+    return sum(w.numel() * (w.abs().mean().square() / w.square().mean()).item() for w in weights) / n
+
+
+class TestSparsityTarget:
+    @pytest.mark.parametrize("exponent", [0.0, 0.5, 1.0])
+    def test_follows_the_density(self, exponent):
+        net = student()
+        optimizer = WCR(BASES["adamw"](param_groups(net)), form="per_unit")
+        target = SparsityTarget(optimizer, 0.9, 50, tail_energy=0.1, every=1, lr_exponent=exponent)
+        weights = [w for w in optimizer.param_groups[0]["params"] if w.ndim > 1]
+        target.step()
+        first = density(weights)
+        assert target.lr_factors() == [1.0, 1.0]
+        with torch.no_grad():
+            for w in weights:
+                w.copy_(w.abs().pow(3) * w.sign())
+        for _ in range(10):
+            target.step()
+        expected = (first / density(weights)) ** exponent
+        assert target.lr_factors()[0] == pytest.approx(expected, rel=1e-5)
+        assert target.lr_factors()[1] == 1.0, "what is not driven keeps its lr"
+        assert exponent == 0.0 or expected > 1.5**exponent
+
+    def test_is_bounded_by_the_wanted_sparsity_and_never_below_one(self):
+        net = student()
+        optimizer = WCR(BASES["adamw"](param_groups(net)), form="per_unit")
+        target = SparsityTarget(optimizer, 0.5, 50, tail_energy=0.1, every=1)
+        target.step()
+        with torch.no_grad():
+            for p in net.parameters():
+                p.zero_().view(-1)[0] = 1.0
+        for _ in range(10):
+            target.step()
+        assert target.lr_factors()[0] == 2.0
+        with torch.no_grad():
+            for p in net.parameters():
+                p.fill_(1.0)
+        target.step()
+        assert target.lr_factors()[0] == 1.0
+
+    def test_falls_while_the_loss_is_above_its_best_and_comes_back(self):
+        net = student()
+        optimizer = WCR(BASES["adamw"](param_groups(net)), form="per_unit")
+        target = SparsityTarget(optimizer, 0.9, 200, tail_energy=0.1, every=1)
+        target.step(1.0)
+        with torch.no_grad():
+            for p in net.parameters():
+                p.copy_(p.abs().pow(3) * p.sign())
+        factors = []
+        for loss in [1.0] * 20 + [1.5] * 5 + [0.5] * 20:
+            target.step(loss)
+            factors.append(target.lr_factors()[0])
+        assert factors[19] > factors[24]
+        assert factors[44] == factors[19] > 1.2
+        assert max(b / a for a, b in itertools.pairwise(factors)) < 1.11, "never by much at once"
+
+    def test_weights_that_are_all_zero_or_nan_change_nothing(self):
+        net = student()
+        optimizer = WCR(BASES["adamw"](param_groups(net)), form="per_unit")
+        target = SparsityTarget(optimizer, 0.9, 50, every=1)
+        target.step()
+        for value in (0.0, math.nan):
+            with torch.no_grad():
+                for p in net.parameters():
+                    p.fill_(value)
+            target.step()
+            assert target.lr_factors() == [1.0, 1.0]
+
+    def test_the_default_asks_what_kind_of_updates_the_base_makes(self):
+        def exponent(base, wrap=lambda base: base):
+            return SparsityTarget(WCR(wrap(base(student().parameters(), lr=1e-3))), total_steps=10).lr_exponent
+
+        with pytest.warns(UserWarning, match="preprint"):
+            found = [
+                exponent(torch.optim.SGD),
+                exponent(torch.optim.SGD, SAM),
+                exponent(torch.optim.AdamW),
+                exponent(torch.optim.RMSprop, SAM),
+            ]
+        assert found[0] == found[1] < found[2] == found[3] == 1.0
+
+    def test_schedulers_and_logs_see_the_lr_as_it_was(self):
+        _, optimizer, target, _ = driven("adamw", steps=60, tail_energy=0.1)
+        plain = BASES["adamw"](student().parameters())
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(plain, 60)
+        for _ in range(60):
+            plain.step()
+            schedule.step()
+        assert target.lr_factors()[0] > 1.0
+        assert optimizer.param_groups[0]["lr"] == plain.param_groups[0]["lr"]
+
+    def test_adam_learns_what_it_could_not_with_the_few_weights_that_stay(self):
+        losses = [sum(driven("adamw", seed=seed, lr_exponent=e)[3] for seed in (0, 1)) for e in (0.0, 1.0)]
+        assert losses[1] < losses[0] / 2
+
+    @pytest.mark.parametrize("bad", [-0.1, 1.5, math.nan])
+    def test_bad_exponents(self, bad):
+        optimizer = WCR(BASES["sgd"](param_groups(student())), form="per_unit")
+        with pytest.raises(ValueError, match="lr_exponent must lie in"):
+            SparsityTarget(optimizer, total_steps=10, lr_exponent=bad)
+        assert LR_FACTOR not in optimizer.param_groups[0]
