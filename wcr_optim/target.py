@@ -85,13 +85,14 @@ class SparsityTarget:
             optimizer.step()
             target.step(loss)
 
-    As fewer and fewer weights take part, the same learning rate moves the network less and less, so the base's is raised
-    to make up for it. The measure is the effective density, mu^2 / q, the share of weights that an evenly spread layer of
-    the same moments would have; as it falls, the group's "lr_factor" rises:
+    As fewer and fewer weights take part, the same learning rate moves the network less and less, so the base's is
+    raised to make up for it. The measure is the effective density mu^2 / q, the share that takes part of a layer whose
+    other weights are zero and whose own are all alike; as it falls, the group's "lr_factor" rises:
 
         lr_factor = (density at the start / density now) ^ lr_exponent,    at most (1 / (1 - sparsity)) ^ lr_exponent
 
-    which multiplies the lr in the base's update and nowhere else: schedulers, logs and the penalty see the lr as it was.
+    which multiplies the lr in the base's update and nowhere else: schedulers, logs and the penalty see the lr as it
+    was.
 
     It does not kill the network: the strength stops rising where more of it would do nothing (a form that saturates),
     where the penalty would take a layer's energy away or has done so (l1), and where the smoothed training loss rises
@@ -115,9 +116,9 @@ class SparsityTarget:
         start: Share of the run after which the tail begins to fall (default: 0.0).
         end: Share of the run at which the tail shall be at its goal (default: 0.6).
         every: Steps between measurements; None measures 100 times in a run (default: None).
-        lr_exponent: How far the base's lr makes up for the lost density, from 0, not at all, to 1. None stands for 1 where
-            updates have a size of their own (Adam and all that normalize them) and for 1/4 around SGD (torch's, or a
-            class named SGD...), whose steps follow the gradient's size, at the edge of stability (default: None).
+        lr_exponent: How far the base's lr makes up for the lost density, from 0, not at all, to 1. None stands for 1
+            where updates have a size of their own (Adam and all that normalize them) and for 1/4 around SGD (torch's,
+            or a class named SGD...), whose steps follow the gradient's size, at the edge of stability (default: None).
 
     Attributes:
         last_tail: The tail as last measured, over all driven weights; NaN before the first step.

@@ -42,8 +42,8 @@ class OptimizerWrapper(Optimizer):
     whole step while gathering; what a wrapper adds in `update` then comes after it.
 
     `param_groups`, `state` and `defaults` are the base's own; options of the wrapper live in the groups under their
-    own keys, so they can be set per group, scheduled, and are saved with the base's. A group's "lr_factor" multiplies its
-    lr in the base's update and nowhere else (`SparsityTarget` sets it).
+    own keys, so they can be set per group, scheduled, and are saved with the base's. A group's "lr_factor" multiplies
+    its lr in the base's update and nowhere else (`SparsityTarget` sets it).
 
     Args:
         base: The optimizer to wrap.

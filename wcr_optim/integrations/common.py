@@ -42,11 +42,22 @@ def concentration_values(optimizer: Optimizer, prefix: str = "concentration/") -
 
 
 def target_values(target: SparsityTarget, prefix: str = "sparsity_target/") -> dict[str, float]:
-    """Return what a target measured last, as numbers that a logger takes: ``tail``, ``wanted_tail``, ``strength``."""
+    """Return what a target measured last, as numbers that a logger takes.
+
+    Args:
+        target: The target.
+        prefix: What the names begin with (default: "sparsity_target/")
+
+    Returns:
+        ``tail``, ``wanted_tail``, and the largest ``strength`` and ``lr_factor`` of the groups; nothing before the
+        first measurement.
+    """
     if not target.history:
         return {}
     _, tail, wanted, strength, _ = target.history[-1]
-    return {f"{prefix}tail": tail, f"{prefix}wanted_tail": wanted, f"{prefix}strength": strength}
+    factor = max(target.lr_factors())
+    values = {"tail": tail, "wanted_tail": wanted, "strength": strength, "lr_factor": factor}
+    return {f"{prefix}{name}": value for name, value in values.items()}
 
 
 def metric_at(name: str, sparsity: float) -> str:

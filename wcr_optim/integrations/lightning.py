@@ -47,9 +47,9 @@ class SparsityTargetCallback(Callback):
 
         trainer = Trainer(callbacks=[SparsityTargetCallback(sparsity=0.95)])
 
-    The target's state is saved in every checkpoint and loaded from it, so that a resumed run goes on exactly. The tail
-    and the strength are logged whenever they were measured, as ``sparsity_target/tail``, ``/wanted_tail`` and
-    ``/strength``; the loss that the target sees is what ``training_step`` returns.
+    The target's state is saved in every checkpoint and loaded from it, so that a resumed run goes on exactly. The tail,
+    the strength and the factor of the base's lr are logged whenever they were measured, as ``sparsity_target/tail``,
+    ``/wanted_tail``, ``/strength`` and ``/lr_factor``; the loss that the target sees is what ``training_step`` returns.
 
     Args:
         sparsity: Share of the driven weights that will be pruned, in (0, 1) (default: 0.95).

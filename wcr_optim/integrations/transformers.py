@@ -215,8 +215,8 @@ class ConcentrationCallback(TrainerCallback):
 
     Logs the mean, smallest and largest of `metrics.optimizer_concentration` over the layers as "concentration/mean",
     "/min" and "/max"; beside a `SparsityTargetCallback` also what that measured last: "sparsity_target/tail",
-    "/wanted_tail" and "/strength". One pass over the weights and one copy of a few numbers
-    whenever the Trainer logs, nothing at other steps; the training is the same with and without it.
+    "/wanted_tail", "/strength" and "/lr_factor". One pass over the weights and one copy of a few numbers whenever the
+    Trainer logs, nothing at other steps; the training is the same with and without it.
 
     Args:
         trainer: The Trainer to log through.
