@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -98,40 +98,36 @@ def spread(values: Tensor, layers: Sequence[Tensor]) -> Tensor:
 
 def eager_unit_sums(parts: Sequence[Tensor]) -> list[Tensor]:
     """Sum m = |w| and m^2 over every row of plain tensors with torch's own kernels, shape (rows, 2) for each."""
-    return [
-        torch.cat([_sums(piece) for piece in _pieces(rows)]) if rows.numel() else _no_sums(rows)
-        for rows in map(_rows, parts)
-    ]
+    return [_sums(rows) if rows.numel() else _no_sums(rows) for rows in map(_rows, parts)]
 
 
 def eager_shrink_units_(parts: Sequence[Tensor], gain: Tensor, threshold: Tensor, seed: int | Tensor | None) -> None:
     """`shrink_units_` of plain tensors with torch's own kernels."""
     rows = [_rows(w) for w in parts]
-    narrow = [part.numel() for w in rows if w.element_size() < 4 for part in _pieces(w)]
+    narrow = [piece.numel() for w in rows if w.element_size() < 4 for piece in torch.split(w, _rows_at_once(w))]
     noise = Noise(int(seed), max(narrow), rows[0].device) if seed is not None and narrow else None
     sizes = [len(w) for w in rows]
-    for w, g, t in zip(rows, torch.split(gain, sizes), torch.split(threshold, sizes), strict=True):
-        dtype, first = compute_dtype(w), 0
-        for piece in _pieces(w):
-            span = slice(first, first + len(piece))
-            shape = (-1, *[1] * (w.ndim - 1))
+    for w, *columns in zip(rows, torch.split(gain, sizes), torch.split(threshold, sizes), strict=True):
+        dtype, at_once = compute_dtype(w), _rows_at_once(w)
+        g, t = (torch.split(x.to(dtype).view(-1, *[1] * (w.ndim - 1)), at_once) for x in columns)
+        for piece, piece_gain, bound in zip(torch.split(w, at_once), g, t, strict=True):
             x = piece.to(dtype)
-            # Not w - clamp(w, -t, t) as for whole layers: torch's clamp is slow where the bounds are tensors.
-            m = x.abs().sub_(t[span].to(dtype).view(shape)).clamp_(min=0).mul_(g[span].to(dtype).view(shape))
-            torch.copysign(m, x, out=x)
+            # Not clamp(x, -t, t), as torch's is slow where the bounds are tensors.
+            within = torch.maximum(x, -bound)
+            torch.minimum(within, bound, out=within)
+            x = x.sub_(within).mul_(piece_gain)
             if x is not piece:
                 piece.copy_(round_to(x, piece.dtype, noise, piece))
-            first = span.stop
 
 
 def _rows(part: Tensor) -> Tensor:
     return part if part.ndim > 1 else part.reshape(-1, 1)
 
 
-def _pieces(rows: Tensor) -> Iterator[Tensor]:
-    """Cut a weight into whole rows, as many as fit a chunk."""
+def _rows_at_once(rows: Tensor) -> int:
+    """Count the whole rows of a weight that fit a chunk, at least one."""
     chunk = PIECE if rows.device.type == "cpu" else DEVICE_CHUNK
-    yield from torch.split(rows, max(1, chunk // max(1, math.prod(rows.shape[1:]))))
+    return max(1, chunk // max(1, math.prod(rows.shape[1:])))
 
 
 def _sums(rows: Tensor) -> Tensor:
@@ -139,10 +135,14 @@ def _sums(rows: Tensor) -> Tensor:
 
     By way of m - mean(m): its sums may run in the weights' own precision, since V = q - mu^2 then cancels nothing.
     """
-    m, to = rows.to(compute_dtype(rows)).flatten(1).abs(), accumulator(rows.device)
-    n, centre = m.shape[1], m.mean(1)
-    deviation = m.sub_(centre.unsqueeze(1)).sum(1).to(to)
-    squares, centre = m.square_().sum(1).to(to), centre.to(to)
+    columns = []
+    for piece in torch.split(rows, _rows_at_once(rows)):
+        m = piece.to(compute_dtype(piece)).flatten(1).abs()
+        centre = m.mean(1)
+        deviation = m.sub_(centre.unsqueeze(1)).sum(1)
+        columns.append((centre, deviation, m.square_().sum(1)))
+    n, to = math.prod(rows.shape[1:]), accumulator(rows.device)
+    centre, deviation, squares = (torch.cat(column).to(to) for column in zip(*columns, strict=True))
     return torch.stack([deviation + n * centre, squares + centre * (2 * deviation + n * centre)], dim=1)
 
 
