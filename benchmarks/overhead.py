@@ -118,8 +118,8 @@ def rows(weights: Sequence[nn.Parameter], device: str) -> list[Row]:
         optimizer.state = base.state
         return optimizer.step
 
-    def wcr(backend: str) -> Callable[[], Any]:
-        return sharing(adamw, WCR(torch.optim.AdamW(weights, lr=LR, fused=True), STRENGTH, backend=backend))
+    def wcr(backend: str, form: str = "inverse_variance") -> Callable[[], Any]:
+        return sharing(adamw, WCR(torch.optim.AdamW(weights, lr=LR, fused=True), STRENGTH, form, backend=backend))
 
     def l1(backend: str) -> Callable[[], Any]:
         return sharing(adamw, L1Decay(torch.optim.AdamW(weights, lr=LR, fused=True), STRENGTH, backend=backend))
@@ -139,12 +139,14 @@ def rows(weights: Sequence[nn.Parameter], device: str) -> list[Row]:
     kernels = "triton" if device == "cuda" else "compiled"
     options: dict[str, Any] = {"lr": LR, "fused": True, "weight_concentration": STRENGTH}
     base, other = "torch AdamW, fused", "torch SGD, fused"
+    of_units = ("eager",) if device == "cuda" else ("eager", kernels)  # Triton has no kernels of units
     return [
         Row(base, base, 7, adamw.step),
         Row("+ penalty in the loss", base, 11, in_loss),
         Row("+ naive step", base, 10, naive),
         Row("WCR(AdamW), eager", base, 10, wcr("eager")),
         Row(f"WCR(AdamW), {kernels}", base, 10, wcr(kernels)),
+        *[Row(f"WCR per unit (AdamW), {name}", base, 10, wcr(name, "per_unit")) for name in of_units],
         Row("L1Decay(AdamW), eager", base, 9, l1("eager")),
         Row(f"L1Decay(AdamW), {kernels}", base, 9, l1(kernels)),
         Row("AdamW(fused=True)", base, 7, fused(AdamW(weights, **options), adamw), repeats=2),

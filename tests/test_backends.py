@@ -20,6 +20,7 @@ needs_compiler = pytest.mark.skipif(compiled.why_not() is not None, reason=str(c
 WRAPPERS = {
     "inverse_variance": lambda base, **o: WCR(base, 1e-2, **o),
     "scale_free": lambda base, **o: WCR(base, 1e-4, form="scale_free", **o),
+    "per_unit": lambda base, **o: WCR(base, 1e-3, form="per_unit", **o),
     "l1": lambda base, **o: L1Decay(base, 1e-3, **o),
     "l2": lambda base, **o: L2Decay(base, 1e-2, **o),
     "hoyer": lambda base, **o: HoyerDecay(base, 1e-4, **o),
@@ -397,7 +398,7 @@ jit_deprecated = pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarni
 
 @jit_deprecated
 @pytest.mark.parametrize("tensor_lr", [False, True])
-@pytest.mark.parametrize("name", ["inverse_variance", "scale_free", "l1"])
+@pytest.mark.parametrize("name", ["inverse_variance", "scale_free", "per_unit", "l1"])
 def test_a_compiled_step_breaks_no_graph_and_compiles_no_more_as_lr_changes(name, tensor_lr):
     """torch breaks the graph at the start of its optimizers' steps itself; ours adds no other place."""
     torch._dynamo.reset()

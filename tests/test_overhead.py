@@ -12,6 +12,7 @@ from benchmarks import overhead
 from benchmarks.shapes import SHAPES, Shape
 from wcr_optim import WCR, compiled
 
+ROWS = 12
 needs_compiler = pytest.mark.skipif(compiled.why_not() is not None, reason=str(compiled.why_not()))
 
 
@@ -48,7 +49,7 @@ def test_all_rows_step_from_the_same_state_to_weights_of_the_same_size(monkeypat
     torch.manual_seed(0)
     finals = {}
     monkeypatch.setattr(overhead, "STRENGTH", 1e-1)
-    for index in range(10):
+    for index in range(ROWS):
         net = small_net()
         for p in net.parameters():
             p.grad = torch.ones_like(p)
@@ -57,7 +58,9 @@ def test_all_rows_step_from_the_same_state_to_weights_of_the_same_size(monkeypat
         finals[row.name] = torch.nn.utils.parameters_to_vector(net.parameters()).detach()
     for name in ("+ naive step", "WCR(AdamW), compiled", "AdamW(fused=True)"):
         torch.testing.assert_close(finals[name], finals["WCR(AdamW), eager"])
-    torch.testing.assert_close(finals["L1Decay(AdamW), compiled"], finals["L1Decay(AdamW), eager"])
+    for name in ("L1Decay(AdamW)", "WCR per unit (AdamW)"):
+        torch.testing.assert_close(finals[f"{name}, compiled"], finals[f"{name}, eager"])
+    assert len(finals) == ROWS
     assert not torch.equal(finals["WCR(AdamW), eager"], finals["torch AdamW, fused"])
 
 
@@ -72,7 +75,7 @@ def test_it_writes_its_table_and_the_documents(tiny, tmp_path, monkeypatch, caps
     assert overhead.main([*arguments, "--write-docs"]) == 0
     with (tmp_path / "results" / "overhead.csv").open() as file:
         table = list(csv.DictReader(file))
-    assert len(table) == 10
+    assert len(table) == ROWS
     for row in table:
         assert float(row["step_ms"]) > 0
         assert float(row["ratio_low"]) <= float(row["ratio"]) <= float(row["ratio_high"])

@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 
 BACKENDS = ("auto", "eager", "compiled", "triton")
+OF_UNITS = ("auto", "eager", "compiled")  # those that know the units of a layer
+MODULES = {"compiled": "wcr_optim.compiled", "triton": "wcr_optim.kernels"}
 # Compiling takes a second or two, once per process, and saves about half a fused AdamW step: some 10 ms a step at this
 # many weights. Below it "auto" stays eager, so that nobody waits for a compiler to train a small network.
 COMPILE_FROM = 2**25
@@ -49,9 +51,33 @@ class Implementation(Protocol):
         ...
 
 
+class UnitImplementation(Protocol):
+    """What a backend of `OF_UNITS` other than "eager" provides, for plain tensors on one device.
+
+    A unit is an entry w[i] of a weight; those of all tensors follow each other.
+    """
+
+    def unit_sums(self, parts: Sequence[Tensor]) -> list[Tensor]:
+        """Sum m = |w| and m^2 over every unit, shape (units, 2) for each tensor, float64."""
+        ...
+
+    def shrink_units_(
+        self, parts: Sequence[Tensor], gain: Tensor, threshold: Tensor, seed: int | Tensor | None
+    ) -> None:
+        """Apply w[i] <- gain[i] * softshrink(w[i], threshold[i]) in place."""
+        ...
+
+
 def implementation(backend: str) -> Implementation:
     """Return the module behind "compiled" or "triton"."""
-    module: Implementation = import_module({"compiled": "wcr_optim.compiled", "triton": "wcr_optim.kernels"}[backend])
+    module: Implementation = import_module(MODULES[backend])
+    return module
+
+
+def unit_implementation(backend: str) -> UnitImplementation:
+    """Return the module behind "compiled"; ValueError if a backend has no kernels of units."""
+    check_units(backend)
+    module: UnitImplementation = import_module(MODULES[backend])
     return module
 
 
@@ -59,6 +85,15 @@ def check(backend: str) -> None:
     """Raise ValueError if there is no such backend."""
     if backend not in BACKENDS:
         raise ValueError(f"unknown backend {backend!r}; choose one of {', '.join(map(repr, BACKENDS))}")
+
+
+def check_units(backend: str) -> None:
+    """Raise ValueError if a backend knows layers and not their units."""
+    if backend not in OF_UNITS:
+        raise ValueError(
+            f"backend {backend!r} has no kernels for single units; choose one of {', '.join(map(repr, OF_UNITS))}, "
+            f"or a penalty on whole layers such as form='scale_free'"
+        )
 
 
 def check_available(backend: str, device: torch.device) -> None:

@@ -1,4 +1,6 @@
-"""The CPU's compiled kernels: moments, shrink and fused steps of all layers in one call each, see native.cpp.
+"""The CPU's compiled kernels: moments, shrink and fused steps of all layers, or all units, in one call each.
+
+They are in native.cpp.
 
 torch.compile's kernels of the same passes take longer in memory and some 30 us to call, once for every layer;
 docs/speed.md has the comparison.
@@ -14,7 +16,7 @@ import shutil
 import subprocess
 import tempfile
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
@@ -26,6 +28,7 @@ from torch import Tensor
 from wcr_optim.layout import has_address, is_dense
 from wcr_optim.moments import eager_sums
 from wcr_optim.shrink import eager_shrink_, make_noise
+from wcr_optim.units import eager_shrink_units_, eager_unit_sums, number_of_units
 
 SOURCE = Path(__file__).with_name("native.cpp")
 COMPILERS = ("c++", "g++", "clang++")
@@ -33,7 +36,8 @@ COMPILERS = ("c++", "g++", "clang++")
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-shared", "-fPIC")
 X86_FLAGS = ("-mprefer-vector-width=512",)
 PATIENCE = 120.0  # seconds for a compiler that takes two
-BLOCK = 16 * 1024  # weights, as in native.cpp
+ROW = 1024  # weights, as in native.cpp
+BLOCK = 16 * ROW
 DTYPES = (torch.float32, torch.bfloat16)
 
 
@@ -42,7 +46,10 @@ class Layers(ctypes.Structure):
 
     _fields_ = (
         *[(name, ctypes.c_int64) for name in ("count", "blocks", "threads", "narrow")],
-        *[(name, ctypes.c_void_p) for name in ("addresses", "sizes", "first", "partial", "sums")],
+        *[
+            (name, ctypes.c_void_p)
+            for name in ("addresses", "sizes", "lengths", "first", "first_unit", "partial", "sums")
+        ],
     )
 
 
@@ -75,6 +82,34 @@ def shrink_(parts: Sequence[Tensor], gain: Tensor, threshold: Tensor, seed: int 
         else:
             _writes(layers)
             _call("wcr_shrink", [layers], *_rounding(seed), gain[index].float(), threshold[index].float())
+
+
+def unit_sums(parts: Sequence[Tensor]) -> list[Tensor]:
+    """Sum m = |w| and m^2 over every unit w[i] of plain CPU tensors, shape (units, 2) for each, float64."""
+    result: dict[int, Tensor] = {}
+    for dtype, index in _by_dtype(parts, _holds_units_together).items():
+        layers = [parts[i] for i in index]
+        if dtype is None:
+            own = eager_unit_sums(layers)
+        else:
+            units = [number_of_units(w) for w in layers]
+            own = list(torch.split(_call("wcr_sums", [layers], units=units), units))
+        result.update(zip(index, own, strict=True))
+    return [result[i] for i in range(len(parts))]
+
+
+def shrink_units_(parts: Sequence[Tensor], gain: Tensor, threshold: Tensor, seed: int | Tensor | None) -> None:
+    """Apply w[i] <- gain[i] * softshrink(w[i], threshold[i]) in place to every unit of plain CPU tensors."""
+    sizes = [number_of_units(w) for w in parts]
+    for dtype, index in _by_dtype(parts, _holds_units_together).items():
+        layers, units = [parts[i] for i in index], [sizes[i] for i in index]
+        g, t = (_of_layers(values, sizes, index) for values in (gain, threshold))
+        if dtype is None:
+            eager_shrink_units_(layers, g, t, seed)
+        else:
+            _writes(layers)
+            factors, bounds = (x.float().contiguous() for x in (g, t))
+            _call("wcr_shrink", [layers], *_rounding(seed), factors, bounds, units=units)
 
 
 def adamw_(
@@ -123,23 +158,55 @@ def _fused(
     return result
 
 
-def _by_dtype(parts: Sequence[Tensor]) -> dict[torch.dtype | None, list[int]]:
+def _by_dtype(
+    parts: Sequence[Tensor], works_on: Callable[[Tensor], bool] = fuses
+) -> dict[torch.dtype | None, list[int]]:
     """Group layers by dtype; None stands for those that the kernels cannot work on."""
     groups: defaultdict[torch.dtype | None, list[int]] = defaultdict(list)
     for i, w in enumerate(parts):
-        groups[w.dtype if fuses(w) else None].append(i)
+        groups[w.dtype if works_on(w) else None].append(i)
     return groups
 
 
-def _call(function: str, streams: Sequence[Sequence[Tensor]], *arguments: Any) -> Tensor:
-    """Call a function of the library on dense layers of one dtype, and return the sums that it leaves, (layers, 2)."""
+def _holds_units_together(w: Tensor) -> bool:
+    """Return whether a layer's units lie in memory one after the other, each without gaps."""
+    return fuses(w) and w.is_contiguous()
+
+
+def _of_layers(values: Tensor, units: Sequence[int], index: Sequence[int]) -> Tensor:
+    """Select the units of some layers out of those of all."""
+    parts = torch.split(values, list(units))  # raises if there are more or fewer
+    return values if len(index) == len(units) else torch.cat([parts[i] for i in index])
+
+
+def _call(
+    function: str, streams: Sequence[Sequence[Tensor]], *arguments: Any, units: Sequence[int] | None = None
+) -> Tensor:
+    """Call a function of the library on dense layers of one dtype.
+
+    Args:
+        function: Its name.
+        streams: The layers, and what else belongs to each of them.
+        arguments: What the function takes beside the layers.
+        units: How many each layer has; None makes each layer one unit (default: None).
+
+    Returns:
+        The sums that the function leaves, shape (units, 2).
+
+    """
     layers = streams[0]
+    units = [1] * len(layers) if units is None else units
     numbers = [w.numel() for w in layers]
-    *first, blocks = accumulate([-(-n // BLOCK) for n in numbers], initial=0)
+    lengths = [max(1, n // max(1, u)) for n, u in zip(numbers, units, strict=True)]
+    *first, blocks = accumulate(map(_blocks, numbers, lengths), initial=0)
+    *first_unit, rows = accumulate(units, initial=0)
     addresses = [[w.data_ptr() for w in stream] for stream in streams]
     # Nothing that C++ reads may follow torch's default device or dtype.
-    tables = [torch.tensor(table, dtype=torch.int64, device="cpu") for table in (addresses, numbers, first)]
-    partial, result = (torch.zeros(rows, 2, dtype=torch.float64, device="cpu") for rows in (blocks, len(layers)))
+    tables = [
+        torch.tensor(table, dtype=torch.int64, device="cpu")
+        for table in (addresses, numbers, lengths, first, first_unit)
+    ]
+    partial, result = (torch.zeros(n, 2, dtype=torch.float64, device="cpu") for n in (blocks, rows))
     pointers = [table.data_ptr() for table in (*tables, partial, result)]
     described = Layers(len(layers), blocks, torch.get_num_threads(), layers[0].dtype == torch.bfloat16, *pointers)
     library = _library(os.environ.get("CXX"))
@@ -148,6 +215,13 @@ def _call(function: str, streams: Sequence[Sequence[Tensor]], *arguments: Any) -
     pointed = [ctypes.c_void_p(x.data_ptr()) if isinstance(x, Tensor) else x for x in arguments]
     getattr(library, function)(ctypes.byref(described), *pointed)
     return result
+
+
+def _blocks(number: int, length: int) -> int:
+    """Count the blocks of a layer with units of some length, as Cut in native.cpp does."""
+    together = max(1, ROW // length) * length
+    group = max(1, BLOCK // together) * together
+    return -(-number // group) * -(-group // BLOCK)
 
 
 def _rounding(seed: int | Tensor | None) -> tuple[ctypes.c_int, ctypes.c_uint64]:

@@ -78,10 +78,8 @@ class Decoupled(OptimizerWrapper):
             kind = f"the class {penalty.__name__}" if isinstance(penalty, type) else f"{penalty!r}"
             raise TypeError(f"penalty must be an instance of penalties.Penalty such as penalties.L1(), got {kind}")
         backends.check(backend)
-        if penalty.per_unit and backend not in ("auto", "eager"):
-            raise ValueError(
-                f"backend {backend!r} knows layers and not their units; {penalty!r} needs 'eager' or 'auto'"
-            )
+        if penalty.per_unit:
+            backends.check_units(backend)
         self.penalty = penalty
         self.stochastic_rounding = stochastic_rounding
         self.backend = backend
@@ -117,14 +115,13 @@ class Decoupled(OptimizerWrapper):
             for device, layers in self._regularized(group).items():
                 weights[device] += layers
                 lengths[device].append(_repeat(s, len(layers), device))
-        backend = "eager" if self.penalty.per_unit else self.backend
-        chosen = {device: backends.choose(backend, device, layers) for device, layers in weights.items()}
+        chosen = {device: backends.choose(self.backend, device, layers) for device, layers in weights.items()}
         seed = self._next_seed(weights, chosen)
         for device, layers in weights.items():
-            if self.penalty.per_unit:
-                self._shrink_units(layers, torch.cat(lengths[device]), seed)
-                continue
             backend = chosen[device]
+            if self.penalty.per_unit:
+                self._shrink_units(layers, torch.cat(lengths[device]), seed, backend)
+                continue
             gain, threshold = self.penalty.flow(self._moments(layers, backend), torch.cat(lengths[device]))
             if seed is None:
                 self._shrink(layers, gain, threshold, None, backend)
@@ -144,11 +141,13 @@ class Decoupled(OptimizerWrapper):
             left = [layers[i] for i in rest]
             shrink_(left, select(gain, rest), select(threshold, rest), seed=seed, backend=backend)
 
-    def _shrink_units(self, layers: list[Tensor], s: Tensor, seed: int | Tensor | None) -> None:
+    def _shrink_units(self, layers: list[Tensor], s: Tensor, seed: int | Tensor | None, backend: str) -> None:
         for stream, index in random_streams(layers):
             own = [layers[i] for i in index]
-            gain, threshold = self.penalty.flow(unit_moments(own), spread(select(s, index), own))
-            shrink_units_(own, gain, threshold, seed=None if seed is None else seed + stream * STREAM)
+            measured = unit_moments(own, backend=backend)
+            gain, threshold = self.penalty.flow(measured, spread(select(s, index), own))
+            own_seed = None if seed is None else seed + stream * STREAM
+            shrink_units_(own, gain, threshold, seed=own_seed, backend=backend)
 
     def _regularized(self, group: Mapping[str, Any]) -> dict[torch.device, list[Tensor]]:
         min_ndim = group.get("min_ndim", self.penalty.min_ndim)

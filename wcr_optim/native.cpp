@@ -1,9 +1,10 @@
 // The CPU's kernels: moments, shrink and fused optimizer steps, each one pass over memory, all layers in one call.
 //
-// Layers are cut into blocks, threads take blocks, and a block is worked on row by row. A row fits the first-level
-// cache, so what is done to it one loop after another reads and writes memory once. Sums are in double, block by block
-// in a fixed order: they depend neither on the number of threads nor on who asks, so a fused step leaves the very sums
-// that measuring its weights would find.
+// To a penalty a layer is one unit, or each of its w[i] is one: sums, gains and thresholds are those of units. Layers are
+// cut into blocks, threads take blocks, and a block is worked on row by row. A row fits the first-level cache, so what is
+// done to it one loop after another reads and writes memory once. Short units share a row, long ones have several, and
+// very long ones several blocks. Sums are in double, block by block in a fixed order: they depend neither on the number
+// of threads nor on who asks, so a fused step leaves the very sums that measuring its weights would find.
 //
 // Loops are written for the compiler to vectorise. Nothing here allocates or throws; compiled.py owns all memory.
 
@@ -57,9 +58,9 @@ inline void close(bfloat16* row, const float* copy, int n) {
 }
 
 template <class T>
-inline void prefetch(const T* row) {
+inline void prefetch(const T* row, int n) {
   constexpr int STEP = CACHE_LINE / sizeof(T);
-  for (int i = 0; i < ROW; i += STEP) __builtin_prefetch(row + AHEAD + i);
+  for (int i = 0; i < n; i += STEP) __builtin_prefetch(row + AHEAD + i);
 }
 
 // --- what is done to a row -------------------------------------------------------------------------------------------
@@ -81,8 +82,11 @@ __attribute__((noinline)) void add_up(const float* w, int n, Sums& sums) {
   sums.q += q;
 }
 
+inline bool changes(float gain, float threshold) { return gain != 1.0f || threshold != 0.0f; }
+
 // A NaN passes, and so does an infinity.
 inline void shrink(float* w, int n, float gain, float threshold) {
+  if (!changes(gain, threshold)) return;
   for (int i = 0; i < n; i++) {
     const float above = w[i] < -threshold ? -threshold : w[i];
     const float clamped = above > threshold ? threshold : above;
@@ -109,11 +113,11 @@ struct Rounding {
   bool stochastic;
   uint64_t seed;
 
-  // Key of a row's random bits. Seeds count steps and starts count rows: scrambled one after the other, since a row
-  // would meet its neighbour's bits in the next step if they were added up.
+  // Key of a row's random bits. Seeds count steps and starts tell rows apart: scrambled one after the other, since a
+  // row would meet its neighbour's bits in the next step if they were added up.
   uint32_t key(int64_t layer, int64_t start) const {
     const uint64_t of_layer = scramble(scramble(seed) + static_cast<uint64_t>(layer));
-    return static_cast<uint32_t>(scramble(of_layer + static_cast<uint64_t>(start / ROW)));
+    return static_cast<uint32_t>(scramble(of_layer + static_cast<uint64_t>(start)));
   }
 };
 
@@ -193,91 +197,127 @@ extern "C" struct Layers {  // as in compiled.py
   int64_t count, blocks, threads, narrow;
   const int64_t* addresses;  // stream by stream
   const int64_t* sizes;
-  const int64_t* first;  // block of every layer
-  double* partial;       // sums of every block, (blocks, 2)
-  double* sums;          // sums of every layer, (count, 2)
+  const int64_t* lengths;     // weights of one unit of every layer, not 0
+  const int64_t* first;       // block of every layer
+  const int64_t* first_unit;  // of every layer
+  Sums* partial;              // of every block
+  Sums* sums;                 // of every unit
 };
 
 namespace {
 
-// Calls work(block, layer, start, n) for every row.
+// How a layer with units of some length is cut: into groups of whole units, a group into one block or, where it is a
+// single unit that does not fit one, into several.
+struct Cut {
+  int64_t together, group, blocks;  // weights of the units that share a row, weights of a group, blocks of a group
+
+  explicit Cut(int64_t length)  // as in compiled.py
+      : together(std::max<int64_t>(1, ROW / length) * length),
+        group(std::max<int64_t>(1, BLOCK / together) * together),
+        blocks((group + BLOCK - 1) / BLOCK) {}
+};
+
+// At most ROW weights of a layer: some whole units, or a part of one.
+struct Row {
+  int64_t layer, start, unit;  // the first of its units
+  int n, length;               // weights, and those of each of its units
+  Sums* sums;                  // of its first unit
+};
+
+// Calls work(row) for every row.
 template <class Work>
 void for_rows(const Layers& layers, const Work& work) {
 #pragma omp parallel for num_threads(static_cast<int>(layers.threads)) schedule(static)
   for (int64_t block = 0; block < layers.blocks; block++) {
     const int64_t layer = std::upper_bound(layers.first, layers.first + layers.count, block) - layers.first - 1;
-    const int64_t begin = (block - layers.first[layer]) * BLOCK;
-    const int64_t end = std::min(begin + BLOCK, layers.sizes[layer]);
-    for (int64_t start = begin; start < end; start += ROW)
-      work(block, layer, start, static_cast<int>(std::min<int64_t>(ROW, end - start)));
+    const int64_t length = layers.lengths[layer], number = block - layers.first[layer];
+    const Cut cut(length);
+    const int64_t group = number / cut.blocks * cut.group;
+    const int64_t begin = group + number % cut.blocks * BLOCK;
+    const int64_t end = std::min({begin + BLOCK, group + cut.group, layers.sizes[layer]});
+    for (int64_t units = begin; units < end; units += cut.together)
+      for (int64_t start = units, stop = std::min(units + cut.together, end); start < stop; start += ROW) {
+        const int64_t n = std::min<int64_t>(ROW, stop - start), unit = layers.first_unit[layer] + start / length;
+        Sums* sums = cut.blocks > 1 ? layers.partial + block : layers.sums + unit;
+        work(Row{layer, start, unit, static_cast<int>(n), static_cast<int>(std::min(n, length)), sums});
+      }
   }
 }
 
 template <class T>
-inline T* row_of(const Layers& layers, int stream, int64_t layer, int64_t start) {
-  return reinterpret_cast<T*>(layers.addresses[stream * layers.count + layer]) + start;
+inline T* weights_of(const Layers& layers, int stream, const Row& row) {
+  return reinterpret_cast<T*>(layers.addresses[stream * layers.count + row.layer]) + row.start;
 }
 
-inline void add_up(const float* w, int n, const Layers& layers, int64_t block) {
-  Sums sums{layers.partial[2 * block], layers.partial[2 * block + 1]};
-  add_up(w, n, sums);
-  layers.partial[2 * block] = sums.m;
-  layers.partial[2 * block + 1] = sums.q;
+inline void add_up(const float* w, const Row& row) {
+  Sums* sums = row.sums;
+  for (int i = 0; i < row.n; i += row.length) add_up(w + i, row.length, *sums++);
 }
 
+// Adds up the blocks of the units that are cut.
 void finish(const Layers& layers) {
   for (int64_t layer = 0; layer < layers.count; layer++) {
-    const int64_t next = layer + 1 < layers.count ? layers.first[layer + 1] : layers.blocks;
-    for (int64_t block = layers.first[layer]; block < next; block++)
-      for (int moment = 0; moment < 2; moment++) layers.sums[2 * layer + moment] += layers.partial[2 * block + moment];
+    const int64_t blocks = Cut(layers.lengths[layer]).blocks, units = layers.sizes[layer] / layers.lengths[layer];
+    for (int64_t block = 0; blocks > 1 && block < units * blocks; block++) {
+      const Sums& part = layers.partial[layers.first[layer] + block];
+      Sums& sums = layers.sums[layers.first_unit[layer] + block / blocks];
+      sums.m += part.m;
+      sums.q += part.q;
+    }
   }
 }
 
 template <class T>
 void sum_all(const Layers& layers) {
-  for_rows(layers, [&](int64_t block, int64_t layer, int64_t start, int n) {
-    T* row = row_of<T>(layers, 0, layer, start);
+  for_rows(layers, [&](const Row& row) {
+    T* weights = weights_of<T>(layers, 0, row);
     float copy[ROW];
-    prefetch(row);
-    add_up(open(row, copy, n), n, layers, block);
+    prefetch(weights, row.n);
+    add_up(open(weights, copy, row.n), row);
   });
   finish(layers);
 }
 
+// Gains and thresholds are those of the units.
 template <class T>
-void shrink_all(const Layers& layers, const float* gain, const float* threshold, const Rounding& rounding) {
-  for_rows(layers, [&](int64_t, int64_t layer, int64_t start, int n) {
-    if (gain[layer] == 1.0f && threshold[layer] == 0.0f) return;
-    T* row = row_of<T>(layers, 0, layer, start);
+void shrink_all(const Layers& layers, const float* gains, const float* thresholds, const Rounding& rounding) {
+  for_rows(layers, [&](const Row& row) {
+    const float *gain = gains + row.unit, *threshold = thresholds + row.unit;
+    const int units = row.n / row.length;
+    bool any = false;
+    for (int unit = 0; unit < units; unit++) any |= changes(gain[unit], threshold[unit]);
+    if (!any) return;
+    T* weights = weights_of<T>(layers, 0, row);
     float copy[ROW];
-    prefetch(row);
-    float* w = open(row, copy, n);
-    shrink(w, n, gain[layer], threshold[layer]);
-    round_row(row, w, n, rounding, rounding.key(layer, start));
-    close(row, w, n);
+    prefetch(weights, row.n);
+    float* w = open(weights, copy, row.n);
+    for (int unit = 0; unit < units; unit++) shrink(w + unit * row.length, row.length, gain[unit], threshold[unit]);
+    round_row(weights, w, row.n, rounding, rounding.key(row.layer, row.start));
+    close(weights, w, row.n);
   });
 }
 
+// A layer is one unit here.
 template <class T, class Update>
 void update_all(const Layers& layers, const float* coefficients, const Update& update, const Rounding& rounding) {
-  for_rows(layers, [&](int64_t block, int64_t layer, int64_t start, int n) {
-    const float* c = coefficients + Update::COEFFICIENTS * layer;
-    T* rows[Update::STREAMS];
+  for_rows(layers, [&](const Row& row) {
+    const float* c = coefficients + Update::COEFFICIENTS * row.layer;
+    T* streams[Update::STREAMS];
     float copies[Update::STREAMS][ROW];
     float* opened[Update::STREAMS];
     for (int s = 0; s < Update::STREAMS; s++) {
-      rows[s] = row_of<T>(layers, s, layer, start);
-      opened[s] = open(rows[s], copies[s], n);
+      streams[s] = weights_of<T>(layers, s, row);
+      opened[s] = open(streams[s], copies[s], row.n);
     }
-    prefetch(rows[0]);
-    if (c[0] != 1.0f || c[1] != 0.0f) {
-      shrink(opened[0], n, c[0], c[1]);
-      round_row(rows[0], opened[0], n, rounding, rounding.key(layer, start));
+    prefetch(streams[0], row.n);
+    if (changes(c[0], c[1])) {
+      shrink(opened[0], row.n, c[0], c[1]);
+      round_row(streams[0], opened[0], row.n, rounding, rounding.key(row.layer, row.start));
     }
-    update(opened, n, c);
+    update(opened, row.n, c);
     for (int s = 0; s < Update::STREAMS; s++)
-      if (s != 1) close(rows[s], opened[s], n);  // all but the gradient
-    add_up(open(rows[0], copies[0], n), n, layers, block);
+      if (s != 1) close(streams[s], opened[s], row.n);  // all but the gradient
+    add_up(open(streams[0], copies[0], row.n), row);
   });
   finish(layers);
 }
@@ -296,10 +336,10 @@ extern "C" {
 
 void wcr_sums(const Layers* layers) { layers->narrow ? sum_all<bfloat16>(*layers) : sum_all<float>(*layers); }
 
-void wcr_shrink(const Layers* layers, int stochastic, uint64_t seed, const float* gain, const float* threshold) {
+void wcr_shrink(const Layers* layers, int stochastic, uint64_t seed, const float* gains, const float* thresholds) {
   const Rounding rounding{stochastic != 0, seed};
-  layers->narrow ? shrink_all<bfloat16>(*layers, gain, threshold, rounding)
-                 : shrink_all<float>(*layers, gain, threshold, rounding);
+  layers->narrow ? shrink_all<bfloat16>(*layers, gains, thresholds, rounding)
+                 : shrink_all<float>(*layers, gains, thresholds, rounding);
 }
 
 void wcr_adamw(const Layers* layers, int stochastic, uint64_t seed, const float* coefficients, const float* constants) {

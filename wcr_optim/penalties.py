@@ -170,9 +170,11 @@ class ScaleFree(_EnergyPreserving):
         """Solve delta - r (e^delta - 1) = -sigma by Newton's method."""
         # The root for small delta, where r (e^delta - 1) = r (delta + delta^2 / 2). The function is concave and
         # increasing, so every Newton step from anywhere lands left of the root and climbs to it from there.
-        delta = -2 * sigma / ((1 - r) + ((1 - r).square() + 2 * r * sigma).sqrt())
-        for _ in range(5):
-            delta = delta - (delta - r * delta.expm1() + sigma) / (1 - r * delta.exp())
+        slack = 1 - r
+        delta = -2 * sigma / (slack + (slack.square() + 2 * r * sigma).sqrt())
+        for _ in range(4):  # no r and sigma are further than that from round-off
+            fallen = r * delta.expm1()
+            delta = delta - (delta - fallen + sigma) / (slack - fallen)
         return delta
 
 

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from wcr_optim import backends
 from wcr_optim.layout import as_dtensor, local
 from wcr_optim.moments import Moments, accumulator, compute_dtype
 from wcr_optim.rounding import Noise, round_to
@@ -24,36 +25,44 @@ if TYPE_CHECKING:
 
 
 @torch.no_grad()
-def unit_moments(layers: Sequence[Tensor]) -> Moments:
+def unit_moments(layers: Sequence[Tensor], *, backend: str = "eager") -> Moments:
     """Measure (n, mu, q) of every row of every weight.
 
     Args:
         layers: Weights of any floating dtype, shape and strides, at least one, all on one device. A row of a DTensor
             that lies on several ranks is summed over them: all of them must call this.
+        backend: "eager" or "compiled", see `backends`; a graph of torch.compile gets plain operations
+            (default: "eager").
 
     Returns:
         Moments of the rows that this rank holds, those of the first weight first, shape (rows,), in float64 where the
         device has it. A weight of one dimension has rows of one element.
 
     Raises:
-        ValueError: If a DTensor holds pending partial sums.
+        ValueError: If a DTensor holds pending partial sums, or the backend has no kernels of units.
 
     """
-    device = local(layers[0]).device
-    sums, lengths = [], []
-    for w in layers:
-        rows = _rows(w)
-        sums.append(torch.cat([_sums(part) for part in _pieces(rows)]) if rows.numel() else _no_sums(rows))
-        lengths.append(float(math.prod(w.shape[1:])))
+    parts = [local(w) for w in layers]
+    if backend == "eager" or torch.compiler.is_compiling():
+        sums = eager_unit_sums(parts)
+    else:
+        sums = backends.unit_implementation(backend).unit_sums(parts)
     sums = _over_ranks(sums, layers)
-    n = spread(torch.tensor(lengths, dtype=accumulator(device), device="cpu").to(device, non_blocking=True), layers)
+    device = parts[0].device
+    lengths = torch.tensor([float(math.prod(w.shape[1:])) for w in layers], dtype=accumulator(device), device="cpu")
+    n = spread(lengths.to(device, non_blocking=True), layers)
     mu, q = (torch.cat(sums) / n.clamp(min=1).unsqueeze(1)).unbind(1)
     return Moments(n, mu, q)
 
 
 @torch.no_grad()
 def shrink_units_(
-    layers: Sequence[Tensor], gain: Tensor, threshold: Tensor, *, seed: int | Tensor | None = None
+    layers: Sequence[Tensor],
+    gain: Tensor,
+    threshold: Tensor,
+    *,
+    seed: int | Tensor | None = None,
+    backend: str = "eager",
 ) -> None:
     """Shrink every row in place: w[i] <- gain[i] * sign(w[i]) * max(|w[i]| - threshold[i], 0).
 
@@ -63,40 +72,62 @@ def shrink_units_(
         threshold: Thresholds, shape (rows,), in units of a weight, not negative.
         seed: Rounds bfloat16 and float16 weights stochastically, reproducibly for equal seeds; None rounds them to
             nearest (default: None).
+        backend: As for `unit_moments`; each draws random bits of its own (default: "eager").
+
+    Raises:
+        ValueError: If the backend has no kernels of units.
 
     """
-    rows = [_rows(w) for w in layers]
-    narrow = [part.numel() for w in rows if w.element_size() < 4 for part in _pieces(w)]
-    noise = Noise(int(seed), max(narrow), rows[0].device) if seed is not None and narrow else None
-    sizes = [len(w) for w in rows]
-    for w, g, t in zip(rows, torch.split(gain, sizes), torch.split(threshold, sizes), strict=True):
-        dtype, first = compute_dtype(w), 0
-        for piece in _pieces(w):
-            span = slice(first, first + len(piece))
-            shape = (-1, *[1] * (w.ndim - 1))
-            x = piece.to(dtype)
-            # Not w - clamp(w, -t, t) as for whole layers: torch's clamp is slow where the bounds are tensors.
-            m = x.abs().sub_(t[span].to(dtype).view(shape)).clamp_(min=0).mul_(g[span].to(dtype).view(shape))
-            torch.copysign(m, x, out=x)
-            if x is not piece:
-                piece.copy_(round_to(x, piece.dtype, noise, piece))
-            first = span.stop
+    parts = [local(w) for w in layers]
+    if backend == "eager" or torch.compiler.is_compiling():
+        eager_shrink_units_(parts, gain, threshold, seed)
+    else:
+        backends.unit_implementation(backend).shrink_units_(parts, gain, threshold, seed)
+
+
+def number_of_units(w: Tensor) -> int:
+    """Count the rows of a weight, or of this rank's part of it; a single number is one."""
+    part = local(w)
+    return len(part) if part.ndim else 1
 
 
 def spread(values: Tensor, layers: Sequence[Tensor]) -> Tensor:
     """Repeat each weight's value for each of its rows on this rank: (layers,) becomes (rows,)."""
-    return torch.cat([x.expand(len(_rows(w))) for x, w in zip(values.unbind(), layers, strict=True)])
+    return torch.cat([x.expand(number_of_units(w)) for x, w in zip(values.unbind(), layers, strict=True)])
 
 
-def _rows(w: Tensor) -> Tensor:
-    part = local(w)
+def eager_unit_sums(parts: Sequence[Tensor]) -> list[Tensor]:
+    """Sum m = |w| and m^2 over every row of plain tensors with torch's own kernels, shape (rows, 2) for each."""
+    return [_sums(rows) if rows.numel() else _no_sums(rows) for rows in map(_rows, parts)]
+
+
+def eager_shrink_units_(parts: Sequence[Tensor], gain: Tensor, threshold: Tensor, seed: int | Tensor | None) -> None:
+    """`shrink_units_` of plain tensors with torch's own kernels."""
+    rows = [_rows(w) for w in parts]
+    narrow = [piece.numel() for w in rows if w.element_size() < 4 for piece in torch.split(w, _rows_at_once(w))]
+    noise = Noise(int(seed), max(narrow), rows[0].device) if seed is not None and narrow else None
+    sizes = [len(w) for w in rows]
+    for w, *columns in zip(rows, torch.split(gain, sizes), torch.split(threshold, sizes), strict=True):
+        dtype, at_once = compute_dtype(w), _rows_at_once(w)
+        g, t = (torch.split(x.to(dtype).view(-1, *[1] * (w.ndim - 1)), at_once) for x in columns)
+        for piece, piece_gain, bound in zip(torch.split(w, at_once), g, t, strict=True):
+            x = piece.to(dtype)
+            # Not clamp(x, -t, t), as torch's is slow where the bounds are tensors.
+            within = torch.maximum(x, -bound)
+            torch.minimum(within, bound, out=within)
+            x = x.sub_(within).mul_(piece_gain)
+            if x is not piece:
+                piece.copy_(round_to(x, piece.dtype, noise, piece))
+
+
+def _rows(part: Tensor) -> Tensor:
     return part if part.ndim > 1 else part.reshape(-1, 1)
 
 
-def _pieces(rows: Tensor) -> Iterator[Tensor]:
-    """Cut a weight into whole rows, as many as fit a chunk."""
+def _rows_at_once(rows: Tensor) -> int:
+    """Count the whole rows of a weight that fit a chunk, at least one."""
     chunk = PIECE if rows.device.type == "cpu" else DEVICE_CHUNK
-    yield from torch.split(rows, max(1, chunk // max(1, math.prod(rows.shape[1:]))))
+    return max(1, chunk // max(1, math.prod(rows.shape[1:])))
 
 
 def _sums(rows: Tensor) -> Tensor:
@@ -104,10 +135,14 @@ def _sums(rows: Tensor) -> Tensor:
 
     By way of m - mean(m): its sums may run in the weights' own precision, since V = q - mu^2 then cancels nothing.
     """
-    m, to = rows.to(compute_dtype(rows)).flatten(1).abs(), accumulator(rows.device)
-    n, centre = m.shape[1], m.mean(1)
-    deviation = m.sub_(centre.unsqueeze(1)).sum(1).to(to)
-    squares, centre = m.square_().sum(1).to(to), centre.to(to)
+    columns = []
+    for piece in torch.split(rows, _rows_at_once(rows)):
+        m = piece.to(compute_dtype(piece)).flatten(1).abs()
+        centre = m.mean(1)
+        deviation = m.sub_(centre.unsqueeze(1)).sum(1)
+        columns.append((centre, deviation, m.square_().sum(1)))
+    n, to = math.prod(rows.shape[1:]), accumulator(rows.device)
+    centre, deviation, squares = (torch.cat(column).to(to) for column in zip(*columns, strict=True))
     return torch.stack([deviation + n * centre, squares + centre * (2 * deviation + n * centre)], dim=1)
 
 

@@ -10,7 +10,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from wcr_optim import WCR, SparsityTarget
+from wcr_optim import WCR, SparsityTarget, compiled
 from wcr_optim.tail import tail_energies
 from wcr_optim.units import shrink_units_, unit_moments
 
@@ -37,10 +37,10 @@ def test_counts_of_shards_add_up():
     run_processes(_counts_add_up, 4)
 
 
-def _units(rank):
+def _units(rank, dtype=torch.float64, backend="eager"):
     """Rows that are held whole need no other rank; rows that are cut are summed over those that hold a part."""
     mesh, plane = init_device_mesh("cpu", (4,)), init_device_mesh("cpu", (2, 2))
-    a, b = torch.randn(6, 17, dtype=torch.float64), torch.randn(9, 2, 3, dtype=torch.float64).pow(3)
+    a, b = torch.randn(6, 17, dtype=dtype), torch.randn(9, 2, 3, dtype=dtype).pow(3)
     whole = torch.stack(list(unit_moments([a, b])))
     shrunk = a.clone(), b.clone()
     gain, threshold = torch.linspace(1, 2, 15), torch.linspace(0, 1, 15)
@@ -51,9 +51,9 @@ def _units(rank):
         [distribute_tensor(a, plane, [Replicate(), Shard(1)]), distribute_tensor(b, mesh, [Replicate()])],
     ):
         rows = torch.cat([_rows_here(w, first) for w, first in zip(placed, (0, 6), strict=True)])
-        found = torch.stack(list(unit_moments(placed)))
-        torch.testing.assert_close(found, whole[:, rows])
-        shrink_units_(placed, gain[rows], threshold[rows])
+        found = torch.stack(list(unit_moments(placed, backend=backend)))
+        torch.testing.assert_close(found, whole[:, rows], rtol=1e-6, atol=0)
+        shrink_units_(placed, gain[rows], threshold[rows], backend=backend)
         for w, expected in zip(placed, shrunk, strict=True):
             torch.testing.assert_close(w.full_tensor(), expected)
 
@@ -69,6 +69,15 @@ def _rows_here(w, first):
 
 def test_units_over_ranks():
     run_processes(_units, 4)
+
+
+def _compiled_units(rank):
+    _units(rank, torch.float32, "compiled")
+
+
+@pytest.mark.skipif(compiled.why_not() is not None, reason=str(compiled.why_not()))
+def test_compiled_units_over_ranks():
+    run_processes(_compiled_units, 4)
 
 
 def _run(net, steps, rank=0, world_size=1, form="per_unit"):
