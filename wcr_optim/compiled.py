@@ -169,8 +169,8 @@ def _by_dtype(
 
 
 def _holds_units_together(w: Tensor) -> bool:
-    """Return whether a layer's units lie in memory one after the other, each without gaps."""
-    return fuses(w) and w.is_contiguous()
+    """Return whether a layer's units lie in memory one after the other, each without gaps and in any order inside."""
+    return fuses(w) and (w.ndim == 0 or len(w) < 2 or w.stride(0) == w.numel() // len(w))
 
 
 def _of_layers(values: Tensor, units: Sequence[int], index: Sequence[int]) -> Tensor:

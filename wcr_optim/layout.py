@@ -81,7 +81,7 @@ def pieces(tensor: Tensor, limit: int) -> Iterator[Tensor]:
 
 
 def _even(n: int, limit: int) -> int:
-    """Return the size of the fewest pieces of at most `limit`, all alike: a short last one costs as many calls."""
+    """Return the size of the fewest pieces of at most `limit`, nearly alike: a short last one costs as many calls."""
     count = max(1, -(-n // limit))
     return min(limit, -(-n // (count * _LINE)) * _LINE) or 1
 

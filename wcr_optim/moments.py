@@ -14,9 +14,9 @@ from wcr_optim.packing import Packed, batches
 from wcr_optim.uploads import upload
 
 # On the CPU several operations in turn read a chunk, so it and the buffer beside it must fit the caches; and each
-# operation must be worth its dispatch and the threads' meeting at its end. As large as a buffer of 3 MiB
-# allows. Sums run in the weights' precision within a chunk and in float64 across chunks: no rounding error grows with
-# the layer.
+# operation must be worth its dispatch and the threads' meeting at its end. The float32 buffer takes 3 of the 4 MiB that
+# a step may hold. Sums run in the weights' precision within a chunk and in float64 across chunks: no rounding error
+# grows with the layer.
 CHUNK = 12 * 2**16
 # Layers up to this size are packed together, as many as fit a batch: their operations would cost more in dispatch than
 # in memory.

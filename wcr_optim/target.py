@@ -19,7 +19,7 @@ from wcr_optim.penalties import InverseVariance, Penalty
 from wcr_optim.strength import Strengths, check_total_steps
 from wcr_optim.tail import tail_energies
 from wcr_optim.trend import LossTrend
-from wcr_optim.wrapper import LR_FACTOR, OptimizerWrapper
+from wcr_optim.wrapper import LR_FACTOR
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -40,7 +40,8 @@ RECOVERY = 1.1  # of a ceiling, from one measurement to the next at which the lo
 DEAD = 1e-4  # of its energy at the start: a layer that the penalty has all but taken away
 USELESS = 1.01  # a larger step that raises the thresholds by less than this has no effect left to give
 NORMALIZED, PLAIN = 1.0, 0.25  # exponents of the lr's compensation: updates of a size of their own, and SGD's
-RISE, FALL = 1.1, 0.8  # of its factor, from one measurement to the next: at most, and while the loss is above its best
+RISE, FALL = 1.1, 0.8  # of its factor, from one measurement to the next: at most, and while the loss is not well
+EVEN = 2 / math.pi  # effective density of Gaussian weights: none that starts denser has more to lose
 
 
 @dataclass
@@ -87,12 +88,13 @@ class SparsityTarget:
 
     As fewer and fewer weights take part, the same learning rate moves the network less and less, so the base's is
     raised to make up for it. The measure is the effective density mu^2 / q, the share that takes part of a layer whose
-    other weights are zero and whose own are all alike; as it falls, the group's "lr_factor" rises:
+    other weights are zero and whose own are all alike, in the geometric mean over a group's layers; as it falls, the
+    group's "base_lr_factor" goes, by a tenth at a time, to
 
-        lr_factor = (density at the start / density now) ^ lr_exponent,    at most (1 / (1 - sparsity)) ^ lr_exponent
+        (density at the start / density now) ^ lr_exponent,    at least 1, at most (1 / (1 - sparsity)) ^ lr_exponent
 
-    which multiplies the lr in the base's update and nowhere else: schedulers, logs and the penalty see the lr as it
-    was.
+    which multiplies the lr in the base's update and nowhere else: schedulers, logs, the penalty and AdamW's decay see
+    the lr as it was. It falls while the loss is not well.
 
     It does not kill the network: the strength stops rising where more of it would do nothing (a form that saturates),
     where the penalty would take a layer's energy away or has done so (l1), and where the smoothed training loss rises
@@ -117,8 +119,9 @@ class SparsityTarget:
         end: Share of the run at which the tail shall be at its goal (default: 0.6).
         every: Steps between measurements; None measures 100 times in a run (default: None).
         lr_exponent: How far the base's lr makes up for the lost density, from 0, not at all, to 1. None stands for 1
-            where updates have a size of their own (Adam and all that normalize them) and for 1/4 around SGD (torch's,
-            or a class named SGD...), whose steps follow the gradient's size, at the edge of stability (default: None).
+            where updates have a size of their own (Adam and all that normalize them), for 1/3 around SGD (any class
+            with SGD in its name), whose steps follow the gradient's size at the edge of stability, and for 0 around
+            LBFGS (default: None).
 
     Attributes:
         last_tail: The tail as last measured, over all driven weights; NaN before the first step.
@@ -174,8 +177,8 @@ class SparsityTarget:
         self._loops: list[_Loop] = []
         self._first_energy: dict[str, float] = {}
         self._first_density: dict[int, float] = {}  # of each group
-        for index in self._strengths.driven():  # so that a checkpoint that is loaded through a template finds a place
-            self._strengths.groups[index].setdefault(LR_FACTOR, 1.0)
+        for index in self._strengths.driven() if self.lr_exponent else ():
+            self._set_lr_factor(index, 1.0)  # from the start: a checkpoint loaded through a template finds a place
         self._loss = LossTrend()
         if isinstance(self._penalty, InverseVariance):
             warnings.warn(
@@ -293,20 +296,23 @@ class SparsityTarget:
         Args:
             layers: Moments of a loop's layers.
             groups: The group of each.
-            cost: Rise of the loss above its best; while there is one, the factor falls, since it may be the reason.
+            cost: Rise of the loss above its best; while it is large, the factor falls, since it may be the reason.
 
         """
-        densities = torch.where(layers.q > 0, layers.mu.square() / layers.q, 0.0)
+        if not self.lr_exponent:
+            return
+        well = not cost > self._loss.allowed(self.max_dense_cost) / 2  # NaN where no loss was given
+        # A mean of logarithms: a group has one lr, and layers that stay dense bear no factor that sparse ones call for.
+        logarithms = torch.where(layers.q > 0, layers.mu.square() / layers.q, math.nan).log()
         most = 1 / (1 - self.sparsity)
         for index in dict.fromkeys(groups):
-            own = [i for i, group in enumerate(groups) if group == index]
-            n = layers.n[own]
-            density = float((n * densities[own]).sum() / n.sum())
-            if not density > 0.0:
-                continue  # NaN, or nothing left
-            wanted = min(max(self._first_density.setdefault(index, density) / density, 1.0), most) ** self.lr_exponent
+            density = math.exp(float(logarithms[[i for i, group in enumerate(groups) if group == index]].nanmean()))
+            if math.isnan(density):
+                continue  # nothing but NaN or zeros
+            first = self._first_density.setdefault(index, min(density, EVEN))
+            wanted = min(max(first / density, 1.0), most) ** self.lr_exponent
             present = float(self._strengths.groups[index].get(LR_FACTOR, 1.0))
-            self._set_lr_factor(index, max(min(wanted, present * (FALL if cost > 0.0 else RISE)), 1.0))
+            self._set_lr_factor(index, max(min(wanted, present * (RISE if well else FALL)), 1.0))
 
     def _layers(self, loop: _Loop) -> list[tuple[str, int, Tensor]]:
         """List a loop's weights: a name, the group, the tensor."""
@@ -489,10 +495,15 @@ class SparsityTarget:
 
 def _exponent(optimizer: Optimizer) -> float:
     """Return the exponent for the optimizer at the end of the chain."""
-    while isinstance(optimizer, OptimizerWrapper):
-        optimizer = optimizer.base
-    optimizer = getattr(optimizer, "optim", optimizer)  # what ZeroRedundancyOptimizer runs on each rank
-    return PLAIN if any(kind.__name__.startswith("SGD") for kind in type(optimizer).__mro__) else NORMALIZED
+    below: Any = optimizer
+    while below is not None:
+        optimizer = below
+        # A wrapper of ours, what ZeroRedundancyOptimizer runs on each rank, or what Accelerate has prepared.
+        below = next((getattr(below, name) for name in ("base", "optim", "optimizer") if hasattr(below, name)), None)
+    names = [kind.__name__ for kind in type(optimizer).__mro__]
+    if "LBFGS" in names:
+        return 0.0  # a quasi-Newton step finds its own length
+    return PLAIN if any("SGD" in name and "Sign" not in name for name in names) else NORMALIZED
 
 
 def _effect(penalty: Penalty, layers: Moments, s: Tensor) -> tuple[float, float]:

@@ -16,8 +16,8 @@ from torch.optim import Optimizer
 
 Closure = Callable[[], Any]
 
-LR_FACTOR = "lr_factor"
-"""Key of a group whose weights the base is to update with lr * lr_factor; penalties and schedulers see lr alone."""
+LR_FACTOR = "base_lr_factor"
+"""Key of a group whose weights the base is to update with lr * base_lr_factor; all others see lr alone."""
 
 
 def already_gathered() -> None:
@@ -42,8 +42,8 @@ class OptimizerWrapper(Optimizer):
     whole step while gathering; what a wrapper adds in `update` then comes after it.
 
     `param_groups`, `state` and `defaults` are the base's own; options of the wrapper live in the groups under their
-    own keys, so they can be set per group, scheduled, and are saved with the base's. A group's "lr_factor" multiplies
-    its lr in the base's update and nowhere else (`SparsityTarget` sets it).
+    own keys, so they can be set per group, scheduled, and are saved with the base's. A group's
+    "base_lr_factor" multiplies its lr in the base's update and nowhere else (`SparsityTarget` sets it).
 
     Args:
         base: The optimizer to wrap.
@@ -181,16 +181,31 @@ class OptimizerWrapper(Optimizer):
 
     @contextmanager
     def _lr_of_base(self) -> Iterator[None]:
-        """Have lr * lr_factor for lr in the groups that have a factor, for a block."""
-        scaled = [group for group in self.param_groups if not _is_one(group.get(LR_FACTOR, 1.0))]
-        rates = [group["lr"] for group in scaled]
-        for group in scaled:
-            group["lr"] = group["lr"] * group[LR_FACTOR]
+        """Have lr * base_lr_factor for lr in the groups that have a factor, for a block; AdamW decays as without it."""
+        given: dict[tuple[int, str], tuple[Any, Any]] = {}  # what was there, and what took its place
         try:
+            for index, group in enumerate(self.param_groups):
+                factor = group.get(LR_FACTOR, 1.0)
+                if _is_one(factor):
+                    continue
+                changes = {"lr": group["lr"] * factor}
+                if not isinstance(factor, Tensor) and factor > 0.0 and self._decays_by_lr(group):
+                    changes["weight_decay"] = group["weight_decay"] / factor
+                for key, value in changes.items():
+                    given[index, key] = group[key], value
+                    group[key] = value
             yield
         finally:
-            for group, lr in zip(scaled, rates, strict=True):
-                group["lr"] = lr
+            for (index, key), (before, value) in given.items():
+                group = self.param_groups[index]  # looked up again: a base may have put another in its place
+                if group[key] is value:
+                    group[key] = before
+                elif key == "lr":  # the base, or a scheduler in a hook of it, changed it meanwhile
+                    group[key] = group[key] / group[LR_FACTOR]
+
+    def _decays_by_lr(self, group: Mapping[str, Any]) -> bool:
+        """Return whether the base's weight decay is a step of lr * weight_decay of its own, as AdamW's."""
+        return bool(group.get("decoupled_weight_decay", isinstance(self.base, torch.optim.AdamW)))
 
     def first_step(self, zero_grad: bool = False) -> bool:
         """Move to the weights of the second pass, where an optimizer below takes two (SAM, SparseSAM, CrAM).
@@ -343,7 +358,11 @@ class OptimizerWrapper(Optimizer):
         if not isinstance(params, Tensor) and not len(params) and not _is_one_of_several():
             raise ValueError(f"param_groups[{index}] has no parameters; leave the group out")
         factor = group.get(LR_FACTOR, 1.0)
-        if not isinstance(factor, Tensor) and not 0.0 <= factor < math.inf:
+        if isinstance(factor, Tensor):
+            return  # reading it would wait for its device
+        if isinstance(factor, bool) or not isinstance(factor, (int, float)):
+            raise TypeError(f"{LR_FACTOR} must be a number, got {factor!r} in param_groups[{index}]")
+        if not 0.0 <= factor < math.inf:
             raise ValueError(f"{LR_FACTOR} must be finite and not negative, got {factor!r} in param_groups[{index}]")
 
     def _filled_groups(self) -> list[dict[str, Any]]:
@@ -358,6 +377,9 @@ class OptimizerWrapper(Optimizer):
             values = present[index] if present else {}
             for key, value in {**defaults, **values}.items():
                 group[key] = _plain(group.get(key, value))
+            for key in self.group_keys:
+                if key in group:
+                    group[key] = _plain(group[key])
 
 
 def _plain(value: Any) -> Any:
