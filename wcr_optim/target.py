@@ -119,7 +119,7 @@ class SparsityTarget:
         end: Share of the run at which the tail shall be at its goal (default: 0.6).
         every: Steps between measurements; None measures 100 times in a run (default: None).
         lr_exponent: How far the base's lr makes up for the lost density, from 0, not at all, to 1. None stands for 1
-            where updates have a size of their own (Adam and all that normalize them), for 1/3 around SGD (any class
+            where updates have a size of their own (Adam and all that normalize them), for 1/4 around SGD (any class
             with SGD in its name), whose steps follow the gradient's size at the edge of stability, and for 0 around
             LBFGS (default: None).
 
