@@ -140,7 +140,7 @@ class SparsityTargetCallback(TrainerCallback, ExportableState):
     Args:
         sparsity: Share of the driven weights that will be pruned, in (0, 1) (default: 0.95)
         **options: Further arguments of `wcr_optim.SparsityTarget`: tail_energy, max_dense_cost, scope, start, end,
-            every, total_steps (the Trainer's number of steps where it is not given).
+            every, lr_exponent, total_steps (the Trainer's number of steps where it is not given).
 
     Attributes:
         target: The `wcr_optim.SparsityTarget`, made when training begins; None before.
