@@ -193,7 +193,7 @@ class TestItDoesNotKill:
         for cost in (None, 0.05):
             net = copy.deepcopy(trained)
             optimizer = WCR(BASES["adamw"](param_groups(net), lr=1e-3), form="scale_free")
-            target = SparsityTarget(optimizer, 0.98, 300, max_dense_cost=cost)
+            target = SparsityTarget(optimizer, 0.98, 300, max_dense_cost=cost, end=0.6)
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
                 fit(net, optimizer, target, 300, first=400)

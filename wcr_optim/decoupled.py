@@ -64,6 +64,8 @@ class Decoupled(OptimizerWrapper):
 
     group_keys = (*OptimizerWrapper.group_keys, "min_ndim")
     _outside_graphs: ClassVar[Callable[[Decoupled], None]]
+    before_update: Callable[[], None] | None = None
+    """Called at every step with the gradients in place and the weights still those that they belong to."""
 
     def __init__(
         self,
@@ -87,6 +89,8 @@ class Decoupled(OptimizerWrapper):
 
     def update(self) -> None:
         """Apply the penalty, then the base's update, in one pass over the weights where the base can fuse them."""
+        if self.before_update is not None and not torch.compiler.is_compiling():
+            self.before_update()
         if self._rounds():
             type(self)._outside_graphs(self)
         else:

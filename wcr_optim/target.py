@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -13,13 +15,14 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from wcr_optim.invariance import ScaleInvariance, lift_units_
 from wcr_optim.layout import local
 from wcr_optim.moments import Moments, accumulator, moments
 from wcr_optim.penalties import InverseVariance, Penalty
 from wcr_optim.strength import Strengths, check_total_steps
 from wcr_optim.tail import tail_energies
 from wcr_optim.trend import LossTrend
-from wcr_optim.wrapper import LR_FACTOR
+from wcr_optim.wrapper import LR_FACTOR, OptimizerWrapper
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -41,6 +44,7 @@ DEAD = 1e-4  # of its energy at the start: a layer that the penalty has all but 
 USELESS = 1.01  # a larger step that raises the thresholds by less than this has no effect left to give
 NORMALIZED, PLAIN = 1.0, 0.25  # exponents of the lr's compensation: updates of a size of their own, and SGD's
 RISE, FALL = 1.1, 0.8  # of its factor, from one measurement to the next: at most, and while the loss is not well
+LEAST_ENERGY = 0.25  # of a unit that a normalization layer follows, in shares of its layer's mean unit
 EVEN = 2 / math.pi  # effective density of Gaussian weights: none that starts denser has more to lose
 
 
@@ -73,7 +77,7 @@ class SparsityTarget:
 
     The tail is the share of the weights' energy (sum of squares) that one-shot magnitude pruning at `sparsity` would
     remove. The object measures it every few steps and moves the strength by a bounded factor so that the tail's
-    logarithm falls evenly, from what it is at the start to `tail_energy` when 60 % of the run are over; from then on it
+    logarithm falls evenly, from what it is at the start to `tail_energy` when 40 % of the run are over; from then on it
     is held there, for as long as training goes on. It starts at a strength worked out from the weights and the
     learning rate, so the one given to the penalty matters only as a ratio between groups; groups with strength 0 are
     neither driven nor measured.
@@ -96,6 +100,11 @@ class SparsityTarget:
     which multiplies the lr in the base's update and nowhere else: schedulers, logs, the penalty and AdamW's decay see
     the lr as it was. It falls while the loss is not well.
 
+    Units (rows) whose size the network does not see, since BatchNorm follows them, are kept from becoming so small
+    beside the rest of their layer that pruning takes them whole: with form="per_unit", a measurement enlarges those
+    that hold less than a quarter of the mean unit's energy. What the network computes stays. The first four gradients
+    tell which weights are meant, see `invariance.ScaleInvariance`; steps inside torch.compile do not show theirs.
+
     It does not kill the network: the strength stops rising where more of it would do nothing (a form that saturates),
     where the penalty would take a layer's energy away or has done so (l1), and where the smoothed training loss rises
     too far above the best it has been: by `max_dense_cost`, or, without one, by most of what training gained (by as
@@ -116,7 +125,7 @@ class SparsityTarget:
             "layer", every tensor on its own; each group then has a loop of its own, so put layers into groups
             (default: "global").
         start: Share of the run after which the tail begins to fall (default: 0.0).
-        end: Share of the run at which the tail shall be at its goal (default: 0.6).
+        end: Share of the run at which the tail shall be at its goal (default: 0.4).
         every: Steps between measurements; None measures 100 times in a run (default: None).
         lr_exponent: How far the base's lr makes up for the lost density, from 0, not at all, to 1. None stands for 1
             where updates have a size of their own (Adam and all that normalize them), for 1/4 around SGD (any class
@@ -146,7 +155,7 @@ class SparsityTarget:
         *,
         scope: str = "global",
         start: float = 0.0,
-        end: float = 0.6,
+        end: float = 0.4,
         every: int | None = None,
         lr_exponent: float | None = None,
     ) -> None:
@@ -180,6 +189,10 @@ class SparsityTarget:
         for index in self._strengths.driven() if self.lr_exponent else ():
             self._set_lr_factor(index, 1.0)  # from the start: a checkpoint loaded through a template finds a place
         self._loss = LossTrend()
+        self._optimizer = optimizer
+        self._invariance = ScaleInvariance()
+        if self._penalty.per_unit:
+            self._strengths.decoupled.before_update = self._observe
         if isinstance(self._penalty, InverseVariance):
             warnings.warn(
                 "the preprint's form of WCR cannot be driven far: its threshold is the layer's mean magnitude and its "
@@ -243,6 +256,7 @@ class SparsityTarget:
             "first_density": [list(pair) for pair in self._first_density.items()],
             "lr_factors": self.lr_factors(),
             "loss": self._loss.state_dict(),
+            "invariance": self._invariance.state_dict(),
             "history": [list(row) for row in self.history],
         }
 
@@ -255,6 +269,8 @@ class SparsityTarget:
         steps, last_tail = state_dict["steps"], state_dict["last_tail"]
         given, reference = list(state_dict["given"]), state_dict["reference"]
         self._loss.load_state_dict(state_dict["loss"])
+        if "invariance" in state_dict:  # a checkpoint of an earlier version has none: found anew
+            self._invariance.load_state_dict(state_dict["invariance"])
         self.steps, self.last_tail = steps, last_tail
         self._strengths.given, self._strengths.reference = given, reference
         self._loops, self._first_energy, self.history = loops, energy, history
@@ -314,18 +330,37 @@ class SparsityTarget:
             present = float(self._strengths.groups[index].get(LR_FACTOR, 1.0))
             self._set_lr_factor(index, max(min(wanted, present * (RISE if well else FALL)), 1.0))
 
+    def _weights(self, index: int) -> Iterator[tuple[str, Tensor]]:
+        """Yield the weights of a group that are driven, and their names."""
+        group = self._strengths.groups[index]
+        min_ndim = group.get("min_ndim", self._penalty.min_ndim)
+        for place, w in enumerate(group["params"]):
+            if w.requires_grad and w.ndim >= min_ndim:
+                yield f"{index}.{place}", w
+
     def _layers(self, loop: _Loop) -> list[tuple[str, int, Tensor]]:
         """List a loop's weights: a name, the group, the tensor."""
-        layers = []
-        for index in loop.groups:
-            group = self._strengths.groups[index]
-            min_ndim = group.get("min_ndim", self._penalty.min_ndim)
-            for place, w in enumerate(group["params"]):
-                if w.requires_grad and w.ndim >= min_ndim:
-                    layers.append((f"{index}.{place}", index, w.detach()))
-        return layers
+        return [(name, index, w.detach()) for index in loop.groups for name, w in self._weights(index)]
+
+    def _observe(self) -> None:
+        """Learn from a step's gradients which weights the network sees the direction of alone."""
+        self._invariance.observe(named for index in self._strengths.driven() for named in self._weights(index))
+
+    def _lift(self) -> None:
+        """Enlarge units that are far smaller than the rest of their layer, where the network does not see it."""
+        weights: defaultdict[torch.device, list[Tensor]] = defaultdict(list)
+        for index in self._strengths.driven():
+            for name, w in self._weights(index):
+                if self._invariance.holds(name):
+                    weights[local(w).device].append(w)
+        if not weights:
+            return
+        with self._optimizer.true_weights() if isinstance(self._optimizer, OptimizerWrapper) else nullcontext():
+            for layers in weights.values():
+                lift_units_(layers, LEAST_ENERGY)
 
     def _control(self) -> None:
+        self._lift()
         layers = [self._layers(loop) for loop in self._loops]
         measured = self._measure(layers)
         cost = self._loss.update(measured.loss)

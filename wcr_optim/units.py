@@ -47,7 +47,7 @@ def unit_moments(layers: Sequence[Tensor], *, backend: str = "eager") -> Moments
         sums = eager_unit_sums(parts)
     else:
         sums = backends.unit_implementation(backend).unit_sums(parts)
-    sums = _over_ranks(sums, layers)
+    sums = add_over_ranks(sums, layers)
     device = parts[0].device
     lengths = torch.tensor([float(math.prod(w.shape[1:])) for w in layers], dtype=accumulator(device), device="cpu")
     n = spread(lengths.to(device, non_blocking=True), layers)
@@ -98,12 +98,12 @@ def spread(values: Tensor, layers: Sequence[Tensor]) -> Tensor:
 
 def eager_unit_sums(parts: Sequence[Tensor]) -> list[Tensor]:
     """Sum m = |w| and m^2 over every row of plain tensors with torch's own kernels, shape (rows, 2) for each."""
-    return [_sums(rows) if rows.numel() else _no_sums(rows) for rows in map(_rows, parts)]
+    return [_sums(rows) if rows.numel() else _no_sums(rows) for rows in map(rows_of, parts)]
 
 
 def eager_shrink_units_(parts: Sequence[Tensor], gain: Tensor, threshold: Tensor, seed: int | Tensor | None) -> None:
     """`shrink_units_` of plain tensors with torch's own kernels."""
-    rows = [_rows(w) for w in parts]
+    rows = [rows_of(w) for w in parts]
     narrow = [piece.numel() for w in rows if w.element_size() < 4 for piece in torch.split(w, _rows_at_once(w))]
     noise = Noise(int(seed), max(narrow), rows[0].device) if seed is not None and narrow else None
     sizes = [len(w) for w in rows]
@@ -120,8 +120,14 @@ def eager_shrink_units_(parts: Sequence[Tensor], gain: Tensor, threshold: Tensor
                 piece.copy_(round_to(x, piece.dtype, noise, piece))
 
 
-def _rows(part: Tensor) -> Tensor:
+def rows_of(part: Tensor) -> Tensor:
+    """Return a plain tensor with its rows along the first dimension; one of fewer than two has rows of one element."""
     return part if part.ndim > 1 else part.reshape(-1, 1)
+
+
+def split_rows(rows: Tensor) -> tuple[Tensor, ...]:
+    """Cut a tensor into pieces of whole rows that fit the cache, at least one row each."""
+    return torch.split(rows, _rows_at_once(rows))
 
 
 def _rows_at_once(rows: Tensor) -> int:
@@ -136,7 +142,7 @@ def _sums(rows: Tensor) -> Tensor:
     By way of m - mean(m): its sums may run in the weights' own precision, since V = q - mu^2 then cancels nothing.
     """
     columns = []
-    for piece in torch.split(rows, _rows_at_once(rows)):
+    for piece in split_rows(rows):
         m = piece.to(compute_dtype(piece)).flatten(1).abs()
         centre = m.mean(1)
         deviation = m.sub_(centre.unsqueeze(1)).sum(1)
@@ -150,7 +156,7 @@ def _no_sums(rows: Tensor) -> Tensor:
     return torch.zeros(len(rows), 2, dtype=accumulator(rows.device), device=rows.device)
 
 
-def _over_ranks(sums: list[Tensor], layers: Sequence[Tensor]) -> list[Tensor]:
+def add_over_ranks(sums: list[Tensor], layers: Sequence[Tensor]) -> list[Tensor]:
     """Add up the rows that are cut: one all-reduce for every mesh dimension that does so, for all weights together."""
     cut: defaultdict[tuple[DeviceMesh, int], list[int]] = defaultdict(list)
     for index, w in enumerate(layers):

@@ -11,6 +11,7 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from wcr_optim import WCR, SparsityTarget, compiled
+from wcr_optim.invariance import ScaleInvariance, lift_units_
 from wcr_optim.tail import tail_energies
 from wcr_optim.units import shrink_units_, unit_moments
 
@@ -69,6 +70,42 @@ def _rows_here(w, first):
 
 def test_units_over_ranks():
     run_processes(_units, 4)
+
+
+def _invariance(rank):
+    """What is found of gradients, and what small rows become, does not depend on where they lie."""
+    mesh, plane = init_device_mesh("cpu", (4,)), init_device_mesh("cpu", (2, 2))
+    a = torch.randn(6, 17, dtype=torch.float64) * torch.logspace(-2, 0, 6).view(-1, 1)
+    b = torch.randn(9, 2, 4, dtype=torch.float64) * torch.logspace(-2, 0, 9).view(-1, 1, 1)
+    gradients = [torch.randn_like(w) for w in (a, b)]
+
+    def sums(weights, gradients):
+        invariance = ScaleInvariance()
+        for w, g in zip(weights, gradients, strict=True):
+            w.grad = g
+        invariance.observe(zip("ab", weights, strict=True))
+        return [aligned / both for _, (aligned, both) in invariance.state_dict()["sums"]]
+
+    whole = sums([torch.nn.Parameter(w.clone()) for w in (a, b)], gradients)
+    lifted = a.clone(), b.clone()
+    lift_units_(lifted, 0.25)
+    assert not torch.equal(lifted[0], a)
+    for where in (
+        [(mesh, [Shard(0)]), (mesh, [Shard(1)])],
+        [(plane, [Shard(1), Shard(0)]), (plane, [Shard(0), Shard(2)])],
+        [(plane, [Replicate(), Shard(1)]), (mesh, [Replicate()])],
+    ):
+        placed = [torch.nn.Parameter(distribute_tensor(w, *to)) for w, to in zip((a, b), where, strict=True)]
+        assert sums(placed, [distribute_tensor(g, *to) for g, to in zip(gradients, where, strict=True)]) == (
+            pytest.approx(whole)
+        )
+        lift_units_(placed, 0.25)
+        for w, expected in zip(placed, lifted, strict=True):
+            torch.testing.assert_close(w.full_tensor().detach(), expected)
+
+
+def test_invariant_units_over_ranks():
+    run_processes(_invariance, 4)
 
 
 def _compiled_units(rank):
