@@ -7,7 +7,6 @@ import os
 import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -189,6 +188,8 @@ class SparsityTarget:
         for index in self._strengths.driven() if self.lr_exponent else ():
             self._set_lr_factor(index, 1.0)  # from the start: a checkpoint loaded through a template finds a place
         self._loss = LossTrend()
+        while not isinstance(optimizer, OptimizerWrapper):
+            optimizer = optimizer.optimizer  # type: ignore[attr-defined]  # what Accelerate has prepared
         self._optimizer = optimizer
         self._invariance = ScaleInvariance()
         if self._penalty.per_unit:
@@ -355,12 +356,13 @@ class SparsityTarget:
                     weights[local(w).device].append(w)
         if not weights:
             return
-        with self._optimizer.true_weights() if isinstance(self._optimizer, OptimizerWrapper) else nullcontext():
+        with self._optimizer.true_weights():
             for layers in weights.values():
                 lift_units_(layers, LEAST_ENERGY)
 
     def _control(self) -> None:
-        self._lift()
+        if self.steps != self.total_steps:  # BatchNorm's running statistics would still be those of before
+            self._lift()
         layers = [self._layers(loop) for loop in self._loops]
         measured = self._measure(layers)
         cost = self._loss.update(measured.loss)
