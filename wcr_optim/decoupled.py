@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from wcr_optim import backends
 from wcr_optim.fused import FusedUpdate
+from wcr_optim.invariance import lifts
 from wcr_optim.layout import local, random_streams
 from wcr_optim.moments import Moments, accumulator, counts, moments, of_sums
 from wcr_optim.penalties import L1, L2, HoyerSquare, InverseVariance, Penalty, PerUnit, Relative, ScaleFree
@@ -63,9 +64,12 @@ class Decoupled(OptimizerWrapper):
     """
 
     group_keys = (*OptimizerWrapper.group_keys, "min_ndim")
+    lift_units = False
+    """Whether the next step of a per-unit form enlarges units that fell behind, see `invariance.lifts`.
+
+    SparsityTarget asks for it, and the step takes it back. Inside a graph of torch.compile units are left as they are.
+    """
     _outside_graphs: ClassVar[Callable[[Decoupled], None]]
-    before_update: Callable[[], None] | None = None
-    """Called at every step with the gradients in place and the weights still those that they belong to."""
 
     def __init__(
         self,
@@ -89,12 +93,12 @@ class Decoupled(OptimizerWrapper):
 
     def update(self) -> None:
         """Apply the penalty, then the base's update, in one pass over the weights where the base can fuse them."""
-        if self.before_update is not None and not torch.compiler.is_compiling():
-            self.before_update()
         if self._rounds():
             type(self)._outside_graphs(self)
         else:
             self._regularize()
+        if not torch.compiler.is_compiling():
+            self.lift_units = False
         super().update()
         if isinstance(self.base, FusedUpdate):
             self.base.forget()
@@ -150,6 +154,8 @@ class Decoupled(OptimizerWrapper):
             own = [layers[i] for i in index]
             measured = unit_moments(own, backend=backend)
             gain, threshold = self.penalty.flow(measured, spread(select(s, index), own))
+            if not torch.compiler.is_compiling() and self.lift_units:
+                gain = gain * lifts(own, measured)
             own_seed = None if seed is None else seed + stream * STREAM
             shrink_units_(own, gain, threshold, seed=own_seed, backend=backend)
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 import os
 import warnings
-from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -14,14 +13,13 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from wcr_optim.invariance import ScaleInvariance, lift_units_
 from wcr_optim.layout import local
 from wcr_optim.moments import Moments, accumulator, moments
 from wcr_optim.penalties import InverseVariance, Penalty
 from wcr_optim.strength import Strengths, check_total_steps
 from wcr_optim.tail import tail_energies
 from wcr_optim.trend import LossTrend
-from wcr_optim.wrapper import LR_FACTOR, OptimizerWrapper
+from wcr_optim.wrapper import LR_FACTOR
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -43,7 +41,6 @@ DEAD = 1e-4  # of its energy at the start: a layer that the penalty has all but 
 USELESS = 1.01  # a larger step that raises the thresholds by less than this has no effect left to give
 NORMALIZED, PLAIN = 1.0, 0.25  # exponents of the lr's compensation: updates of a size of their own, and SGD's
 RISE, FALL = 1.1, 0.8  # of its factor, from one measurement to the next: at most, and while the loss is not well
-LEAST_ENERGY = 0.25  # of a unit that a normalization layer follows, in shares of its layer's mean unit
 EVEN = 2 / math.pi  # effective density of Gaussian weights: none that starts denser has more to lose
 
 
@@ -100,9 +97,9 @@ class SparsityTarget:
     the lr as it was. It falls while the loss is not well.
 
     Units (rows) whose size the network does not see, since BatchNorm follows them, are kept from becoming so small
-    beside the rest of their layer that pruning takes them whole: with form="per_unit", a measurement enlarges those
-    that hold less than a quarter of the mean unit's energy. What the network computes stays. The first four gradients
-    tell which weights are meant, see `invariance.ScaleInvariance`; steps inside torch.compile do not show theirs.
+    beside the rest of their layer that pruning takes them whole: with form="per_unit", the step after a measurement
+    enlarges those that hold less than a quarter of the mean unit's energy, by a tenth at most. It knows them by their
+    gradient, see `invariance.lifts`.
 
     It does not kill the network: the strength stops rising where more of it would do nothing (a form that saturates),
     where the penalty would take a layer's energy away or has done so (l1), and where the smoothed training loss rises
@@ -188,12 +185,6 @@ class SparsityTarget:
         for index in self._strengths.driven() if self.lr_exponent else ():
             self._set_lr_factor(index, 1.0)  # from the start: a checkpoint loaded through a template finds a place
         self._loss = LossTrend()
-        while not isinstance(optimizer, OptimizerWrapper):
-            optimizer = optimizer.optimizer  # type: ignore[attr-defined]  # what Accelerate has prepared
-        self._optimizer = optimizer
-        self._invariance = ScaleInvariance()
-        if self._penalty.per_unit:
-            self._strengths.decoupled.before_update = self._observe
         if isinstance(self._penalty, InverseVariance):
             warnings.warn(
                 "the preprint's form of WCR cannot be driven far: its threshold is the layer's mean magnitude and its "
@@ -233,6 +224,7 @@ class SparsityTarget:
         started = all(loop.lr_peak > 0 for loop in self._loops)
         if not started or self.steps % self.every == 0 or self.steps == self.total_steps:
             self._control()
+        self._ask_for_lifts()
         if self.steps == self.total_steps:
             self._warn_if_missed()
 
@@ -257,7 +249,6 @@ class SparsityTarget:
             "first_density": [list(pair) for pair in self._first_density.items()],
             "lr_factors": self.lr_factors(),
             "loss": self._loss.state_dict(),
-            "invariance": self._invariance.state_dict(),
             "history": [list(row) for row in self.history],
         }
 
@@ -270,8 +261,6 @@ class SparsityTarget:
         steps, last_tail = state_dict["steps"], state_dict["last_tail"]
         given, reference = list(state_dict["given"]), state_dict["reference"]
         self._loss.load_state_dict(state_dict["loss"])
-        if "invariance" in state_dict:  # a checkpoint of an earlier version has none: found anew
-            self._invariance.load_state_dict(state_dict["invariance"])
         self.steps, self.last_tail = steps, last_tail
         self._strengths.given, self._strengths.reference = given, reference
         self._loops, self._first_energy, self.history = loops, energy, history
@@ -281,6 +270,7 @@ class SparsityTarget:
         for index in self._strengths.driven():
             if index < len(factors):
                 self._set_lr_factor(index, factors[index])
+        self._ask_for_lifts()
 
     def _find_loops(self) -> None:
         """Give every driven group a loop, those that were added since too."""
@@ -331,38 +321,24 @@ class SparsityTarget:
             present = float(self._strengths.groups[index].get(LR_FACTOR, 1.0))
             self._set_lr_factor(index, max(min(wanted, present * (RISE if well else FALL)), 1.0))
 
-    def _weights(self, index: int) -> Iterator[tuple[str, Tensor]]:
-        """Yield the weights of a group that are driven, and their names."""
-        group = self._strengths.groups[index]
-        min_ndim = group.get("min_ndim", self._penalty.min_ndim)
-        for place, w in enumerate(group["params"]):
-            if w.requires_grad and w.ndim >= min_ndim:
-                yield f"{index}.{place}", w
+    def _ask_for_lifts(self) -> None:
+        """Have the step after each measurement enlarge the units that fell behind."""
+        self._strengths.decoupled.lift_units = (
+            self._penalty.per_unit and self.steps > 0 and self.steps % self.every == 0
+        )
 
     def _layers(self, loop: _Loop) -> list[tuple[str, int, Tensor]]:
         """List a loop's weights: a name, the group, the tensor."""
-        return [(name, index, w.detach()) for index in loop.groups for name, w in self._weights(index)]
-
-    def _observe(self) -> None:
-        """Learn from a step's gradients which weights the network sees the direction of alone."""
-        self._invariance.observe(named for index in self._strengths.driven() for named in self._weights(index))
-
-    def _lift(self) -> None:
-        """Enlarge units that are far smaller than the rest of their layer, where the network does not see it."""
-        weights: defaultdict[torch.device, list[Tensor]] = defaultdict(list)
-        for index in self._strengths.driven():
-            for name, w in self._weights(index):
-                if self._invariance.holds(name):
-                    weights[local(w).device].append(w)
-        if not weights:
-            return
-        with self._optimizer.true_weights():
-            for layers in weights.values():
-                lift_units_(layers, LEAST_ENERGY)
+        layers = []
+        for index in loop.groups:
+            group = self._strengths.groups[index]
+            min_ndim = group.get("min_ndim", self._penalty.min_ndim)
+            for place, w in enumerate(group["params"]):
+                if w.requires_grad and w.ndim >= min_ndim:
+                    layers.append((f"{index}.{place}", index, w.detach()))
+        return layers
 
     def _control(self) -> None:
-        if self.steps != self.total_steps:  # BatchNorm's running statistics would still be those of before
-            self._lift()
         layers = [self._layers(loop) for loop in self._loops]
         measured = self._measure(layers)
         cost = self._loss.update(measured.loss)

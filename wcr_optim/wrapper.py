@@ -331,13 +331,9 @@ class OptimizerWrapper(Optimizer):
         self._fill_options()
 
     def __getstate__(self) -> dict[str, Any]:
-        # Hooks, what follows the optimizer, and an LR scheduler's patch of `step` belong to this process; torch's
-        # optimizers drop them too.
-        dropped = ("step", "before_update")
+        # Hooks and an LR scheduler's patch of `step` belong to this process; torch's optimizers drop them too.
         return {
-            key: value
-            for key, value in self.__dict__.items()
-            if key not in dropped and not key.startswith("_optimizer_")
+            key: value for key, value in self.__dict__.items() if key != "step" and not key.startswith("_optimizer_")
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:

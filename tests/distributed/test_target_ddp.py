@@ -11,7 +11,7 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from wcr_optim import WCR, SparsityTarget, compiled
-from wcr_optim.invariance import ScaleInvariance, lift_units_
+from wcr_optim.invariance import lifts
 from wcr_optim.tail import tail_energies
 from wcr_optim.units import shrink_units_, unit_moments
 
@@ -72,40 +72,45 @@ def test_units_over_ranks():
     run_processes(_units, 4)
 
 
-def _invariance(rank):
-    """What is found of gradients, and what small rows become, does not depend on where they lie."""
+def _lifts(rank):
+    """Which rows are lifted, and how far, does not depend on where they lie."""
     mesh, plane = init_device_mesh("cpu", (4,)), init_device_mesh("cpu", (2, 2))
-    a = torch.randn(6, 17, dtype=torch.float64) * torch.logspace(-2, 0, 6).view(-1, 1)
-    b = torch.randn(9, 2, 4, dtype=torch.float64) * torch.logspace(-2, 0, 9).view(-1, 1, 1)
-    gradients = [torch.randn_like(w) for w in (a, b)]
+    weights = [torch.randn(6, 17, dtype=torch.float64), torch.randn(9, 2, 4, dtype=torch.float64)]
+    gradients = []
+    for w in weights:
+        w[: len(w) // 2] *= 0.3
+        g = torch.randn_like(w)
+        rows, of_gradient = w.flatten(1), g.flatten(1)
+        along = (rows * of_gradient).sum(1, keepdim=True) / rows.square().sum(1, keepdim=True)
+        gradients.append((of_gradient - along * rows).view_as(w))
+    gradients[0][1] = 1.0
 
-    def sums(weights, gradients):
-        invariance = ScaleInvariance()
-        for w, g in zip(weights, gradients, strict=True):
-            w.grad = g
-        invariance.observe(zip("ab", weights, strict=True))
-        return [aligned / both for _, (aligned, both) in invariance.state_dict()["sums"]]
+    def found(places, gradients=gradients):
+        layers = []
+        for w, g, to in zip(weights, gradients, places, strict=True):
+            layers.append(torch.nn.Parameter(w if to is None else distribute_tensor(w, *to)))
+            layers[-1].grad = g if to is None else distribute_tensor(g, *to)
+        return layers, lifts(layers, unit_moments(layers))
 
-    whole = sums([torch.nn.Parameter(w.clone()) for w in (a, b)], gradients)
-    lifted = a.clone(), b.clone()
-    lift_units_(lifted, 0.25)
-    assert not torch.equal(lifted[0], a)
-    for where in (
+    _, whole = found([None, None])
+    assert [int((x > 1).sum()) for x in (whole[:6], whole[6:])] == [2, 4]
+    for places in (
         [(mesh, [Shard(0)]), (mesh, [Shard(1)])],
         [(plane, [Shard(1), Shard(0)]), (plane, [Shard(0), Shard(2)])],
         [(plane, [Replicate(), Shard(1)]), (mesh, [Replicate()])],
     ):
-        placed = [torch.nn.Parameter(distribute_tensor(w, *to)) for w, to in zip((a, b), where, strict=True)]
-        assert sums(placed, [distribute_tensor(g, *to) for g, to in zip(gradients, where, strict=True)]) == (
-            pytest.approx(whole)
-        )
-        lift_units_(placed, 0.25)
-        for w, expected in zip(placed, lifted, strict=True):
-            torch.testing.assert_close(w.full_tensor().detach(), expected)
+        layers, here = found(places)
+        rows = torch.cat([_rows_here(w, first) for w, first in zip(layers, (0, 6), strict=True)])
+        torch.testing.assert_close(here, whole[rows])
+    layers, _ = found([(mesh, [Shard(0)]), (mesh, [Shard(0)])])
+    for w in layers:  # gradients that lie otherwise tell nothing, on all ranks alike
+        w.grad = None
+        w.grad = distribute_tensor(torch.ones(w.shape, dtype=w.dtype), mesh, [Replicate()])
+    assert (lifts(layers, unit_moments(layers)) == 1).all()
 
 
-def test_invariant_units_over_ranks():
-    run_processes(_invariance, 4)
+def test_lifts_over_ranks():
+    run_processes(_lifts, 4)
 
 
 def _compiled_units(rank):
