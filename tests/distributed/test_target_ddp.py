@@ -83,7 +83,6 @@ def _lifts(rank):
         rows, of_gradient = w.flatten(1), g.flatten(1)
         along = (rows * of_gradient).sum(1, keepdim=True) / rows.square().sum(1, keepdim=True)
         gradients.append((of_gradient - along * rows).view_as(w))
-    gradients[0][1] = 1.0
 
     def found(places, gradients=gradients):
         layers = []
@@ -93,7 +92,7 @@ def _lifts(rank):
         return layers, lifts(layers, unit_moments(layers))
 
     _, whole = found([None, None])
-    assert [int((x > 1).sum()) for x in (whole[:6], whole[6:])] == [2, 4]
+    assert whole[:6].max() > 1 and whole[6:].max() > 1 and whole.min() == 1
     for places in (
         [(mesh, [Shard(0)]), (mesh, [Shard(1)])],
         [(plane, [Shard(1), Shard(0)]), (plane, [Shard(0), Shard(2)])],
