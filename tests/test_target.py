@@ -287,7 +287,7 @@ class TestGroups:
     def test_parameters_added_later_are_driven_too(self):
         net, extra = student(), nn.Linear(1, 64, bias=False)
         optimizer = WCR(BASES["sgd"](param_groups(net)), form="per_unit")
-        target = SparsityTarget(optimizer, 0.9, 300)
+        target = SparsityTarget(optimizer, 0.9, 300, end=0.6)
         fit(net, optimizer, target, 60)
         optimizer.add_param_group({"params": extra.parameters()})
         fit(net, optimizer, target, 5, first=60)
