@@ -34,9 +34,9 @@ def lifts(layers: Sequence[Tensor], units: Moments) -> Tensor:
         <w[i], g[i]>^2  <  1e-3 |w[i]|^2 |g[i]|^2 / n,
 
     in a layer where the same holds of the sums over rows; 1 for all others, those without a gradient among them. Rows
-    before a BatchNorm are at 1e-5 / n and below, if their outputs' variance is not down at its eps; others at 1 / n or
-    so, and a layer of them that falls below the line by chance does so in no second step. Gradients at other weights
-    than these, such as SAM's, are not orthogonal enough and lift nothing.
+    before a BatchNorm are at 1e-5 / n and mostly far below, unless their outputs' variance is down at its eps; others
+    at 1 / n and more, so that a single row is below the line by chance but hardly a whole layer. Gradients at other
+    weights than these, such as SAM's, are seldom orthogonal enough.
 
     Nothing here waits for a device. The ranks that hold parts of a DTensor must all call this.
 

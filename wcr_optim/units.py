@@ -104,7 +104,7 @@ def eager_unit_sums(parts: Sequence[Tensor]) -> list[Tensor]:
 def eager_shrink_units_(parts: Sequence[Tensor], gain: Tensor, threshold: Tensor, seed: int | Tensor | None) -> None:
     """`shrink_units_` of plain tensors with torch's own kernels."""
     rows = [rows_of(w) for w in parts]
-    narrow = [piece.numel() for w in rows if w.element_size() < 4 for piece in torch.split(w, _rows_at_once(w))]
+    narrow = [piece.numel() for w in rows if w.element_size() < 4 for piece in split_rows(w)]
     noise = Noise(int(seed), max(narrow), rows[0].device) if seed is not None and narrow else None
     sizes = [len(w) for w in rows]
     for w, *columns in zip(rows, torch.split(gain, sizes), torch.split(threshold, sizes), strict=True):
