@@ -1,5 +1,6 @@
 """A group's base_lr_factor: the base updates with lr times it, and nobody else sees anything but lr."""
 
+import copy
 import itertools
 import math
 
@@ -172,56 +173,89 @@ def density(weights) -> float:
 
 class TestSparsityTarget:
     @pytest.mark.parametrize("exponent", [0.0, 0.5, 1.0])
-    def test_follows_the_density(self, exponent):
+    @pytest.mark.parametrize(("losses", "most"), [("falling", 1.0), ("standing", 0.5), ("none", 0.5)])
+    def test_follows_the_density_beyond_its_root_only_while_the_loss_falls(self, exponent, losses, most):
         net = student()
         optimizer = WCR(BASES["adamw"](param_groups(net)), form="per_unit")
         target = SparsityTarget(optimizer, 0.9, 50, tail_energy=0.1, every=1, lr_exponent=exponent)
         weights = [w for w in optimizer.param_groups[0]["params"] if w.ndim > 1]
-        target.step()
+        given = {"falling": [9.0 - 0.1 * step for step in range(20)], "standing": [9.0] * 20, "none": [None] * 20}
+        target.step(given[losses][0])
         first = min(density(weights), 2 / math.pi)
         assert target.lr_factors() == [1.0, 1.0]
         with torch.no_grad():
             for w in weights:
                 w.copy_(w.abs().pow(3) * w.sign())
-        for _ in range(10):
-            target.step()
-        expected = (first / density(weights)) ** exponent
+        for loss in given[losses][1:]:
+            target.step(loss)
+        expected = (first / density(weights)) ** min(exponent, most)
         assert target.lr_factors()[0] == pytest.approx(expected, rel=1e-5)
         assert target.lr_factors()[1] == 1.0, "what is not driven keeps its lr"
-        assert exponent == 0.0 or expected > 1.5**exponent
+        assert exponent == 0.0 or expected > 1.5 ** min(exponent, most)
 
     def test_is_bounded_by_the_wanted_sparsity_and_never_below_one(self):
         net = student()
         optimizer = WCR(BASES["adamw"](param_groups(net)), form="per_unit")
         target = SparsityTarget(optimizer, 0.5, 50, tail_energy=0.1, every=1)
-        target.step()
+        target.step(9.0)
         with torch.no_grad():
             for p in net.parameters():
                 p.zero_().view(-1)[0] = 1.0
-        for _ in range(10):
-            target.step()
+        for step in range(20):
+            target.step(8.0 - 0.1 * step)
         assert target.lr_factors()[0] == 2.0
         with torch.no_grad():
             for p in net.parameters():
                 p.fill_(1.0)
-        target.step()
+        target.step(1.0)
         assert target.lr_factors()[0] == 1.0
 
-    def test_falls_while_the_loss_is_not_well_and_comes_back(self):
+    def test_rises_with_a_falling_loss_stays_with_a_standing_one_and_falls_with_a_bad_one(self):
         net = student()
         optimizer = WCR(BASES["adamw"](param_groups(net)), form="per_unit")
         target = SparsityTarget(optimizer, 0.9, 200, tail_energy=0.1, every=1)
-        target.step(1.0)
+        target.step(2.0)
         with torch.no_grad():
             for p in net.parameters():
                 p.copy_(p.abs().pow(3) * p.sign())
         factors = []
-        for loss in [1.0] * 20 + [9.0] * 5 + [0.5] * 20:
+        for loss in [2.0 - 0.05 * k for k in range(20)] + [1.5] * 40 + [9.0] * 5 + [0.5] * 60:
             target.step(loss)
             factors.append(target.lr_factors()[0])
-        assert factors[19] > factors[24]
-        assert factors[44] == factors[19] > 1.2
+        full, half, low = factors[19], factors[59], factors[64]
+        assert full > 1.4
+        assert half == pytest.approx(math.sqrt(full))
+        assert low < half
+        assert max(factors[65:]) == pytest.approx(full), "while the loss comes back down"
         assert max(b / a for a, b in itertools.pairwise(factors)) < 1.11, "never by much at once"
+
+    def test_the_last_few_measurements_decide_after_a_resume_too(self):
+        def begin():
+            net = student()
+            optimizer = WCR(BASES["adamw"](param_groups(net)), form="per_unit")
+            return net, SparsityTarget(optimizer, 0.9, 200, tail_energy=0.1, every=1)
+
+        def concentrate(net):
+            with torch.no_grad():
+                for p in net.parameters():
+                    p.copy_(p.abs().pow(3) * p.sign())
+
+        losses = [3.0, 2.9, 2.8, 3.1, 2.7, 3.0, 2.6, 2.5, 2.6, 2.4, 2.7, 2.9]
+        found = []
+        for stop in (None, 2, 5, 9):
+            net, target = begin()
+            for step, loss in enumerate(losses):
+                if step == 1:
+                    concentrate(net)
+                if step == stop:
+                    saved, weights = target.state_dict(), copy.deepcopy(net.state_dict())
+                    net, target = begin()
+                    net.load_state_dict(weights)
+                    target.load_state_dict(saved)
+                target.step(loss)
+            found.append(target.lr_factors())
+        assert found[0][0] > 1.0
+        assert all(other == found[0] for other in found)
 
     def test_weights_that_are_all_zero_or_nan_change_nothing(self):
         net = student()

@@ -181,8 +181,8 @@ class TestItDoesNotKill:
             pytest.warns(UserWarning, match="would still take"),
         ):
             _, _, target, loss = driven("sgd", WCR)
-        assert math.isfinite(loss)
         assert target.last_tail > 10 * target.tail_energy
+        assert loss < 1.0, "its flow makes the large weights grow, at a large strength without bound"
 
     def test_max_dense_cost_gives_up_the_tail_and_not_the_loss(self):
         """Fine-tuning: the network has learned, then concentrates as far as the allowed cost."""

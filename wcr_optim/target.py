@@ -35,12 +35,14 @@ MAX_ERROR = 2.0  # of the tail's logarithm
 FLOOR = 0.1  # of the starting strength: what is below does nothing and only takes long to come back from
 LAST_RESORT = 1e-4  # of the starting strength: how far it is taken back where it does harm
 FIRST_PULL = 5.0  # mean magnitudes that the thresholds of the whole run would add up to at the starting strength
-MAX_ENERGY_LOSS = 10.0  # as a logarithm, of any layer over the whole run, if the penalty alone acted
+MAX_ENERGY_CHANGE = 10.0  # as a logarithm, of any layer over the whole run, if the penalty alone acted
 RECOVERY = 1.1  # of a ceiling, from one measurement to the next at which the loss is well
 DEAD = 1e-4  # of its energy at the start: a layer that the penalty has all but taken away
 USELESS = 1.01  # a larger step that raises the thresholds by less than this has no effect left to give
 NORMALIZED, PLAIN = 1.0, 0.25  # exponents of the lr's compensation: updates of a size of their own, and SGD's
-RISE, FALL = 1.1, 0.8  # of its factor, from one measurement to the next: at most, and while the loss is not well
+SURE = 0.5  # exponent up to which the lr is raised whatever the loss does: it keeps the angle by which a unit turns
+RISE, EASE, FALL = 1.1, 0.9, 0.8  # of its factor, at most: loss falls, loss does not, loss is not well
+RECENT = 3  # measurements since which the smoothed loss shall have fallen
 EVEN = 2 / math.pi  # effective density of Gaussian weights: none that starts denser has more to lose
 
 
@@ -93,8 +95,9 @@ class SparsityTarget:
 
         (density at the start / density now) ^ lr_exponent,    at least 1, at most (1 / (1 - sparsity)) ^ lr_exponent
 
-    which multiplies the lr in the base's update and nowhere else: schedulers, logs, the penalty and AdamW's decay see
-    the lr as it was. It falls while the loss is not well.
+    as long as the smoothed loss goes on falling. While it does not, or where `step` is given none, exponents above 1/2
+    count as 1/2, and the factor goes down there by a tenth at a time. It multiplies the lr in the base's update and
+    nowhere else: schedulers, logs, the penalty and AdamW's decay see the lr as it was.
 
     Units (rows) whose size the network does not see, since BatchNorm follows them, are kept from becoming so small
     beside the rest of their layer that pruning takes them whole: with form="per_unit", the step after a measurement
@@ -123,10 +126,10 @@ class SparsityTarget:
         start: Share of the run after which the tail begins to fall (default: 0.0).
         end: Share of the run at which the tail shall be at its goal (default: 0.4).
         every: Steps between measurements; None measures 100 times in a run (default: None).
-        lr_exponent: How far the base's lr makes up for the lost density, from 0, not at all, to 1. None stands for 1
-            where updates have a size of their own (Adam and all that normalize them), for 1/4 around SGD (any class
-            with SGD in its name), whose steps follow the gradient's size at the edge of stability, and for 0 around
-            LBFGS (default: None).
+        lr_exponent: How far the base's lr makes up for the lost density, from 0, not at all, to 1; what is above 1/2
+            only while the loss falls. None stands for 1 where updates have a size of their own (Adam and all that
+            normalize them), for 1/4 around SGD (any class with SGD in its name), whose steps follow the gradient's
+            size at the edge of stability, and for 0 around LBFGS (default: None).
 
     Attributes:
         last_tail: The tail as last measured, over all driven weights; NaN before the first step.
@@ -138,7 +141,8 @@ class SparsityTarget:
 
     Source:
         The lr's exponent of 1 for Adam: Dey, Bergsma & Hestness, "Sparse maximal update parameterization",
-        NeurIPS 2024 (SuPar), for static random sparsity; the measure of density and the exponent 1/4 are ours.
+        NeurIPS 2024 (SuPar), for static random sparsity; the measure of density, the exponents 1/4 and 1/2 and
+        the loss's say in it are ours.
     """
 
     def __init__(
@@ -309,6 +313,7 @@ class SparsityTarget:
         if not self.lr_exponent:
             return
         well = not cost > self._loss.allowed(self.max_dense_cost) / 2  # NaN where no loss was given
+        falling = len(self.history) >= RECENT and self._loss.smooth < self.history[-RECENT][4]
         # A mean of logarithms: a group has one lr, and layers that stay dense bear no factor that sparse ones call for.
         logarithms = torch.where(layers.q > 0, layers.mu.square() / layers.q, math.nan).log()
         most = 1 / (1 - self.sparsity)
@@ -317,9 +322,16 @@ class SparsityTarget:
             if math.isnan(density):
                 continue  # nothing but NaN or zeros
             first = self._first_density.setdefault(index, min(density, EVEN))
-            wanted = min(max(first / density, 1.0), most) ** self.lr_exponent
+            lost = min(max(first / density, 1.0), most)
+            wanted, sure = lost**self.lr_exponent, lost ** min(self.lr_exponent, SURE)
             present = float(self._strengths.groups[index].get(LR_FACTOR, 1.0))
-            self._set_lr_factor(index, max(min(wanted, present * (RISE if well else FALL)), 1.0))
+            if not well:
+                factor = min(wanted, FALL * present)
+            elif falling:
+                factor = min(wanted, RISE * present)
+            else:
+                factor = max(min(wanted, EASE * present), min(sure, RISE * present))
+            self._set_lr_factor(index, max(factor, 1.0))
 
     def _ask_for_lifts(self) -> None:
         """Have the step after each measurement enlarge the units that fell behind."""
@@ -381,11 +393,11 @@ class SparsityTarget:
             return  # a warm-up from zero: the next step may tell
         low, high = math.log(1e-20), math.log(1e6)
         # In a run of a few dozen steps the bound on one step's growth can forbid that: then where the bound begins.
-        most, _ = _effect(self._penalty, layers, math.exp(high) * shares)
+        most, _, _ = _effect(self._penalty, layers, math.exp(high) * shares)
         wanted = min(FIRST_PULL / self.total_steps, most / USELESS)
         for _ in range(50):
             middle = (low + high) / 2
-            pull, _ = _effect(self._penalty, layers, math.exp(middle) * shares)
+            pull, _, _ = _effect(self._penalty, layers, math.exp(middle) * shares)
             low, high = (middle, high) if pull < wanted else (low, middle)
         loop.level = loop.first_level = math.exp(low) / lr
         loop.lr_peak = lr
@@ -433,13 +445,16 @@ class SparsityTarget:
                 loop.obstacle = f"parameter {place} of group {group} lost nearly all of its energy"
                 return -MAX_CHANGE
         s = loop.lr_peak * loop.level * shares
-        pull, _ = _effect(self._penalty, layers, s)
-        further, loss = _effect(self._penalty, layers, s * math.exp(MAX_CHANGE))
+        pull, _, _ = _effect(self._penalty, layers, s)
+        further, loss, growth = _effect(self._penalty, layers, s * math.exp(MAX_CHANGE))
         if further < USELESS * pull:
             loop.obstacle = "the penalty saturates: a larger strength has no further effect"
             return 0.0
-        if loss > MAX_ENERGY_LOSS / self.total_steps:
+        if loss > MAX_ENERGY_CHANGE / self.total_steps:
             loop.obstacle = "a larger strength would take the energy of whole layers away"
+            return 0.0
+        if growth > MAX_ENERGY_CHANGE / self.total_steps:
+            loop.obstacle = "a larger strength would make the weights of whole layers grow without bound"
             return 0.0
         if self.max_dense_cost is not None:  # come to rest at the allowed cost rather than swing around it
             return MAX_CHANGE * min(max(2 * (1 - cost / allowed), 0.0), 1.0)
@@ -519,21 +534,21 @@ def _exponent(optimizer: Optimizer) -> float:
     return PLAIN if any("SGD" in name and "Sign" not in name for name in names) else NORMALIZED
 
 
-def _effect(penalty: Penalty, layers: Moments, s: Tensor) -> tuple[float, float]:
+def _effect(penalty: Penalty, layers: Moments, s: Tensor) -> tuple[float, float, float]:
     """Return what a step of length s does.
 
     Returns:
-        The share of the mean magnitude that the threshold takes off, averaged over weights; and the largest share of
-        its energy that a layer loses.
+        The share of the mean magnitude that the threshold takes off, averaged over weights; and the largest shares of
+        its energy that a layer loses and that a layer gains.
     """
     gain, threshold = penalty.flow(layers, s)
     alive = (layers.mu > 0) & layers.q.isfinite()
     if not alive.any():
-        return 0.0, 0.0
+        return 0.0, 0.0, 0.0
     n, mu, q = (x[alive] for x in layers)
     gain, threshold = gain[alive], threshold[alive]
     kept = gain.square() * (1 - (2 * threshold * mu - threshold.square()) / q)
-    return float((n * threshold / mu).sum() / n.sum()), float((1 - kept).max())
+    return float((n * threshold / mu).sum() / n.sum()), float((1 - kept).max()), float((kept - 1).max())
 
 
 def _moments(weights: Sequence[Tensor], device: torch.device) -> Tensor:
