@@ -39,6 +39,7 @@ class Cell:
         strength: That of the penalty, or rho where that was searched; None where nothing was.
         cost: Means of seconds, gradient evaluations and sharpness.
         failed: How many more runs diverged or raised, and have no value.
+        told: The sparsity that the method was told, None if none or the one that it was pruned to.
     """
 
     values: tuple[float, ...]
@@ -46,6 +47,7 @@ class Cell:
     strength: float | None
     cost: Mapping[str, float]
     failed: int = 0
+    told: float | None = None
 
     @property
     def mean(self) -> float:
@@ -71,8 +73,9 @@ def cell(rows: Rows, task: str, method: str, goal: float, *, careful: bool = Fal
         task: Name of the task.
         method: Name of the method.
         goal: The sparsity.
-        careful: Take the strength that was chosen among those within tolerance of the baseline's dense value, and
-            return nothing if the dense value on test is not (default: False)
+        careful: Take the strength, or for SparsityTarget the sparsity that it is told, that was chosen among those
+            within tolerance of the baseline's dense value, and return nothing if the dense value on test is not
+            (default: False)
     """
     parts, kind = Method.of(method), tasks.task(task)
     pair = None
@@ -80,6 +83,7 @@ def cell(rows: Rows, task: str, method: str, goal: float, *, careful: bool = Fal
         pair = tuning.chosen(rows, task, method, goal, careful=careful)
         if pair is None:
             return None
+    told = tuning.told(rows, task, method, goal, careful=careful)
     runs: dict[str, dict[float, Mapping[str, str]]] = {}
     failed = set()
     for row in rows:
@@ -87,7 +91,7 @@ def cell(rows: Rows, task: str, method: str, goal: float, *, careful: bool = Fal
             continue
         if pair is not None and (float(row["strength"]), float(row["rho"])) != pair:
             continue
-        if parts.has_goal and float(row["goal"]) != goal:
+        if parts.has_goal and float(row["goal"]) != told:
             continue
         if tuning.failed(row):
             failed.add(row["seed"])
@@ -104,7 +108,7 @@ def cell(rows: Rows, task: str, method: str, goal: float, *, careful: bool = Fal
     }
     searched = None if pair is None else pair[0] if parts.searched == "strength" else pair[1]
     values, dense = (tuple(float(run[at]["value"]) for run in whole) for at in (goal, 0.0))
-    found = Cell(values, dense, searched, cost, len(failed))
+    found = Cell(values, dense, searched, cost, len(failed), told if told != goal else None)
     if careful:
         baseline = cell(rows, task, parts.base, goal)
         if baseline is None or not tuning.within_tolerance(task, found.dense_mean, baseline.dense_mean):
@@ -153,6 +157,7 @@ def _cell_text(kind: tasks.Task, found: Cell | None, is_best: bool) -> str:
     value = f"**{value}**" if is_best else value
     spread = f" ± {found.spread:.{places}f}" if len(found.values) > 1 else ""
     at = "" if found.strength is None else f" at {found.strength:g}"
+    at = at if found.told is None else f" told {100 * found.told:g} %"
     if not found.values:
         return f"diverged{at}"
     failed = f", {found.failed} of {found.failed + len(found.values)} diverged" if found.failed else ""

@@ -119,6 +119,24 @@ def chosen(
     Returns:
         None if there are no runs, or none that is careful enough.
     """
+    best = _best(rows, task, method, goal, careful=careful, options=options)
+    return None if best is None else best[:2]
+
+
+def told(rows: Rows, task: str, method: str, goal: float, *, careful: bool = False) -> float:
+    """Return the sparsity of which SparsityTarget was told in the runs that speak for it at a sparsity.
+
+    The sparsity itself, unless the dense value has to stay within tolerance: then the one that the validation split
+    chooses, as it chooses the strength of others.
+    """
+    best = _best(rows, task, method, goal, careful=True) if careful and Method.of(method).penalty == "target" else None
+    return goal if best is None else best[2]
+
+
+def _best(
+    rows: Rows, task: str, method: str, goal: float, *, careful: bool = False, options: str = ""
+) -> tuple[float, float, float] | None:
+    """Return the best strength, rho and sparsity that was told, see `chosen`."""
     values = validation_means(rows, task, method, options)
     if not values:
         return None
@@ -130,10 +148,10 @@ def chosen(
         dense = next(iter(baseline.values())).get(0.0)
         if dense is None:
             return None
-        values = {pair: at for pair, at in values.items() if within_tolerance(task, at[0.0], dense)}
+        values = {at: means for at, means in values.items() if within_tolerance(task, means[0.0], dense)}
         if not values:
             return None
-    best: tuple[float, float] = kind.best(values, key=lambda pair: (values[pair][goal], values[pair][0.0]))
+    best: tuple[float, float, float] = kind.best(values, key=lambda at: (values[at][goal], values[at][0.0]))
     return best
 
 
@@ -161,26 +179,26 @@ def of_run(rows: Rows, steps: Mapping[str, int], options: str = "") -> list[Mapp
 
 def validation_means(
     rows: Rows, task: str, method: str, options: str = ""
-) -> dict[tuple[float, float], dict[float, float]]:
-    """Return the means over seeds at each sparsity, by strength and rho, of the runs with the given options.
+) -> dict[tuple[float, float, float], dict[float, float]]:
+    """Return the means over seeds at each sparsity, by strength, rho and goal, of the runs with the given options.
 
-    Those of which a run diverged, for any seed, are left out.
+    Those of which a run diverged, for any seed, are left out. The goal is 0 for methods that are told none.
     """
     kind = tasks.task(task)
-    found: dict[tuple[float, float], dict[float, list[float]]] = {}
+    found: dict[tuple[float, float, float], dict[float, list[float]]] = {}
     diverged = set()
     for row in rows:
         if (row["task"], row["method"], row["split"], row["options"]) != (task, method, "validation", options):
             continue
-        pair = (float(row["strength"]), float(row["rho"]))
+        at = (float(row["strength"]), float(row["rho"]), float(row["goal"]))
         if failed(row):
-            diverged.add(pair)
+            diverged.add(at)
         elif row["metric"] == kind.metric and row["scope"] == "global":
-            found.setdefault(pair, {}).setdefault(float(row["sparsity"]), []).append(float(row["value"]))
+            found.setdefault(at, {}).setdefault(float(row["sparsity"]), []).append(float(row["value"]))
     return {
-        pair: {sparsity: statistics.mean(values) for sparsity, values in at.items()}
-        for pair, at in found.items()
-        if pair not in diverged  # the seeds that went well do not speak for the others
+        at: {sparsity: statistics.mean(values) for sparsity, values in means.items()}
+        for at, means in found.items()
+        if at not in diverged  # the seeds that went well do not speak for the others
     }
 
 

@@ -125,6 +125,32 @@ def test_the_validation_split_chooses_and_the_test_split_reports():
     assert all(t.split == "test" for t in trials)
 
 
+def test_a_target_that_must_keep_the_dense_value_is_told_what_the_validation_split_chooses():
+    told = {0.9: (98.0, 97.0, 85.0), 0.95: (97.8, 97.5, 96.0), 0.98: (96.0, 96.0, 95.8)}
+
+    def runs(split, shift=0.0):
+        return [
+            row
+            for goal, (dense, at_90, further) in told.items()
+            for row in rows_of(
+                "sgd+target", 0.0, {0.0: dense, 0.9: at_90} | dict.fromkeys(GOALS[1:], further + shift), 0, split, goal
+            )
+        ]
+
+    rows = [*rows_of("sgd", 0.0, accuracies(98.0, 60.0)), *rows_of("sgd", 0.0, accuracies(98.0, 60.0), split="test")]
+    rows += runs("test", 0.1)
+    cell = functools.partial(report.cell, rows, "digits_mlp", "sgd+target", careful=True)
+    assert cell(0.95).mean == 96.1, "without a search, what it was told is what is wanted"
+    assert cell(0.98) is None
+    rows += runs("validation")
+    found = cell(0.98)
+    assert (found.told, found.mean, found.dense_mean) == (0.95, 96.1, 97.8)
+    assert cell(0.9).told == 0.95
+    assert cell(0.95).told is None
+    assert report.cell(rows, "digits_mlp", "sgd+target", 0.98).told is None
+    assert "96.1 (97.8) told 95 %" in report.section(rows, "digits_mlp").replace("*", "")
+
+
 def test_a_diverged_run_stays_in_the_file_and_chooses_nothing():
     (row,) = run_trial(Trial("digits_mlp", "sgd", options="lr=1e9", steps=5))
     assert row["value"] == ""
