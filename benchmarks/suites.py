@@ -41,13 +41,12 @@ def main(suite: str, argv: Sequence[str] | None = None) -> int:
         methods = o.methods or every_method(task, quick=o.quick)
         steps = round(tasks.task(task).steps * o.share)
         steps = lengths[task] = 0 if steps == tasks.task(task).steps else steps
-        searched = [method for method in methods if Method.of(method).searched or method in _bases(task)]
+        searched = [method for method in methods if _is_searched(method) or method in _bases(task)]
         common: dict[str, Any] = {"steps": steps, "options": o.options}
         if o.split in ("both", "validation"):
             print(f"{task}: strengths, on the validation split", flush=True)
-            runner.run_missing(
-                work, tuning.searches(task, searched, o.strengths, [0], steps), steps_of, results, o.jobs
-            )
+            trials = tuning.searches(task, searched, o.strengths, [0], **common)
+            runner.run_missing(work, trials, steps_of, results, o.jobs)
         if o.split == "validation":
             told = [method for method in methods if Method.of(method).has_goal]
             trials = tuning.searches(task, told, 1, range(o.seeds), **common)
@@ -65,6 +64,11 @@ def main(suite: str, argv: Sequence[str] | None = None) -> int:
 
 def _run(device: str, sparsities: tuple[float, ...], trial: Trial, progress: Callable[[], None]) -> list[runner.Row]:
     return run_trial(trial, device, progress, sparsities)
+
+
+def _is_searched(method: str) -> bool:
+    """Say whether anything is chosen on validation: a strength, a radius, or what SparsityTarget is told (`told`)."""
+    return Method.of(method).searched is not None or Method.of(method).penalty == "target"
 
 
 def every_method(task: str, *, quick: bool = False) -> list[str]:
