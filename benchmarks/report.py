@@ -84,6 +84,8 @@ def cell(rows: Rows, task: str, method: str, goal: float, *, careful: bool = Fal
         if pair is None:
             return None
     told = tuning.told(rows, task, method, goal, careful=careful)
+    if told is None:
+        return None
     runs: dict[str, dict[float, Mapping[str, str]]] = {}
     failed = set()
     for row in rows:
@@ -245,6 +247,7 @@ def summary(rows: Rows) -> dict[str, Any]:
                             "values": one.values,
                             "dense": one.dense,
                             "strength": one.strength,
+                            "told": one.told,
                             "diverged": one.failed,
                         }
                         kind = "within_tolerance" if careful else "best"
@@ -272,7 +275,7 @@ def draw(rows: Rows, task: str, folder: Path) -> None:
             if same and (not parts.has_goal or float(row["goal"]) == goal) and parts.pruning is None:
                 curves.setdefault(parts.label, []).append((float(row["sparsity"]), float(row["value"])))
         means = tuning.validation_means(rows, task, method)
-        if len(means) > 1 and parts.base == next(iter(kind.lr)):
+        if len(means) > 1 and parts.pruning is None and parts.base == next(iter(kind.lr)):
             best = kind.best(at[0.0] for at in means.values())
             near = [at for at in means.values() if abs(at[0.0] - best) <= SHOWN * kind.tolerance]
             tradeoffs[parts.label] = [(at[0.0], at[goal]) for at in near]

@@ -123,14 +123,19 @@ def chosen(
     return None if best is None else best[:2]
 
 
-def told(rows: Rows, task: str, method: str, goal: float, *, careful: bool = False) -> float:
+def told(rows: Rows, task: str, method: str, goal: float, *, careful: bool = False) -> float | None:
     """Return the sparsity of which SparsityTarget was told in the runs that speak for it at a sparsity.
 
-    The sparsity itself, unless the dense value has to stay within tolerance: then the one that the validation split
-    chooses, as it chooses the strength of others.
+    The sparsity itself, unless the dense value has to stay within tolerance and there are runs on the validation split:
+    then the one that these choose, as they choose the strength of others; None if none of them is careful enough.
     """
-    best = _best(rows, task, method, goal, careful=True) if careful and Method.of(method).penalty == "target" else None
-    return goal if best is None else best[2]
+    if not careful or Method.of(method).penalty != "target":
+        return goal
+    options = next((row["options"] for row in rows if (row["task"], row["method"]) == (task, method)), "")
+    if not validation_means(rows, task, method, options):
+        return goal
+    best = _best(rows, task, method, goal, careful=True, options=options)
+    return None if best is None else best[2]
 
 
 def _best(

@@ -142,6 +142,8 @@ def test_a_target_that_must_keep_the_dense_value_is_told_what_the_validation_spl
     cell = functools.partial(report.cell, rows, "digits_mlp", "sgd+target", careful=True)
     assert cell(0.95).mean == 96.1, "without a search, what it was told is what is wanted"
     assert cell(0.98) is None
+    strict = [*rows_of("sgd", 0.0, accuracies(99.0, 60.0)), *runs("validation")]
+    assert report.cell(rows[5:] + strict, "digits_mlp", "sgd+target", 0.95, careful=True) is None, "validation says no"
     rows += runs("validation")
     found = cell(0.98)
     assert (found.told, found.mean, found.dense_mean) == (0.95, 96.1, 97.8)
@@ -149,6 +151,9 @@ def test_a_target_that_must_keep_the_dense_value_is_told_what_the_validation_spl
     assert cell(0.95).told is None
     assert report.cell(rows, "digits_mlp", "sgd+target", 0.98).told is None
     assert "96.1 (97.8) told 95 %" in report.section(rows, "digits_mlp").replace("*", "")
+    assert report.summary(rows)["digits_mlp"]["sgd+target"]["0.98"]["within_tolerance"]["told"] == 0.95
+    renamed = [row | {"options": "end=0.6"} if row["method"] == "sgd+target" else row for row in rows]
+    assert report.cell(renamed, "digits_mlp", "sgd+target", 0.98, careful=True).told == 0.95
 
 
 def test_a_diverged_run_stays_in_the_file_and_chooses_nothing():

@@ -210,23 +210,49 @@ class TestSparsityTarget:
         target.step(1.0)
         assert target.lr_factors()[0] == 1.0
 
-    def test_rises_with_a_falling_loss_stays_with_a_standing_one_and_falls_with_a_bad_one(self):
+    @pytest.mark.parametrize("seed", range(4))
+    def test_moves_as_the_rule_says_step_by_step(self, seed):
+        """The factor of every measurement beside the rule, written out."""
+        net = student()
+        optimizer = WCR(BASES["adamw"](param_groups(net)), form="per_unit")
+        target = SparsityTarget(optimizer, 0.9, 200, tail_energy=0.1, every=1)
+        weights = [w for w in optimizer.param_groups[0]["params"] if w.ndim > 1]
+        losses = np.random.default_rng(seed).normal(np.linspace(3, 2, 60), 0.1).tolist() + [2.2] * 20
+        smooth, factor, kinds = [losses[0]], 1.0, set()
+        target.step(losses[0])
+        first = min(density(weights), 2 / math.pi)
+        with torch.no_grad():
+            for w in weights:
+                w.copy_(w.abs().pow(9) * w.sign())
+        lost = min(first / density(weights), 1 / (1 - 0.9))
+        for loss in losses[1:]:
+            smooth.append(smooth[-1] + 0.2 * (loss - smooth[-1]))
+            falling = len(smooth) > 3 and smooth[-1] < smooth[-4]
+            if falling:
+                factor = min(lost, 1.1 * factor)
+            else:
+                factor = max(min(lost, 0.9 * factor), min(math.sqrt(lost), 1.1 * factor))
+            kinds.add((falling, factor == lost, factor == math.sqrt(lost)))
+            target.step(loss)
+            assert target.lr_factors()[0] == pytest.approx(factor, rel=1e-5)
+        assert lost > 3.0
+        assert {(True, False, False), (False, False, False), (False, False, True)} <= kinds
+
+    def test_falls_to_1_where_the_loss_is_bad_and_comes_back(self):
         net = student()
         optimizer = WCR(BASES["adamw"](param_groups(net)), form="per_unit")
         target = SparsityTarget(optimizer, 0.9, 200, tail_energy=0.1, every=1)
         target.step(2.0)
         with torch.no_grad():
             for p in net.parameters():
-                p.copy_(p.abs().pow(3) * p.sign())
+                p.copy_(p.abs().pow(9) * p.sign())
         factors = []
-        for loss in [2.0 - 0.05 * k for k in range(20)] + [1.5] * 40 + [9.0] * 5 + [0.5] * 60:
+        for loss in [2.0 - 0.02 * k for k in range(40)] + [9.0] * 12 + [0.5] * 60:
             target.step(loss)
             factors.append(target.lr_factors()[0])
-        full, half, low = factors[19], factors[59], factors[64]
-        assert full > 1.4
-        assert half == pytest.approx(math.sqrt(full))
-        assert low < half
-        assert max(factors[65:]) == pytest.approx(full), "while the loss comes back down"
+        assert factors[39] > 3.0
+        assert factors[51] == 1.0
+        assert max(factors[52:]) == pytest.approx(factors[39]), "while the loss comes back down"
         assert max(b / a for a, b in itertools.pairwise(factors)) < 1.11, "never by much at once"
 
     def test_the_last_few_measurements_decide_after_a_resume_too(self):

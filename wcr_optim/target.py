@@ -35,7 +35,7 @@ MAX_ERROR = 2.0  # of the tail's logarithm
 FLOOR = 0.1  # of the starting strength: what is below does nothing and only takes long to come back from
 LAST_RESORT = 1e-4  # of the starting strength: how far it is taken back where it does harm
 FIRST_PULL = 5.0  # mean magnitudes that the thresholds of the whole run would add up to at the starting strength
-MAX_ENERGY_CHANGE = 10.0  # as a logarithm, of any layer over the whole run, if the penalty alone acted
+MAX_LOSS, MAX_GROWTH = 10.0, 3.0  # of any layer's energy over the whole run, as a logarithm, if the penalty alone acted
 RECOVERY = 1.1  # of a ceiling, from one measurement to the next at which the loss is well
 DEAD = 1e-4  # of its energy at the start: a layer that the penalty has all but taken away
 USELESS = 1.01  # a larger step that raises the thresholds by less than this has no effect left to give
@@ -96,8 +96,9 @@ class SparsityTarget:
         (density at the start / density now) ^ lr_exponent,    at least 1, at most (1 / (1 - sparsity)) ^ lr_exponent
 
     as long as the smoothed loss goes on falling. While it does not, or where `step` is given none, exponents above 1/2
-    count as 1/2, and the factor goes down there by a tenth at a time. It multiplies the lr in the base's update and
-    nowhere else: schedulers, logs, the penalty and AdamW's decay see the lr as it was.
+    count as 1/2, and the factor goes down there by a tenth at a time; where the loss is not well, it falls to 1. It
+    multiplies the lr in the base's update and nowhere else: schedulers, logs, the penalty and AdamW's decay see the lr
+    as it was.
 
     Units (rows) whose size the network does not see, since BatchNorm follows them, are kept from becoming so small
     beside the rest of their layer that pruning takes them whole: with form="per_unit", the step after a measurement
@@ -213,7 +214,8 @@ class SparsityTarget:
         """Take note of one step of the optimizer; call it after each `optimizer.step()`.
 
         Args:
-            loss: The step's training loss, one number; a tensor on a device is not waited for (default: None).
+            loss: The step's training loss, one number; a tensor on a device is not waited for. Without it there is no
+                guard on the loss, and exponents of the lr above 1/2 count as 1/2 (default: None).
 
         Raises:
             ValueError: If the loss is missing and max_dense_cost needs it, or is not one number.
@@ -450,10 +452,10 @@ class SparsityTarget:
         if further < USELESS * pull:
             loop.obstacle = "the penalty saturates: a larger strength has no further effect"
             return 0.0
-        if loss > MAX_ENERGY_CHANGE / self.total_steps:
+        if loss > MAX_LOSS / self.total_steps:
             loop.obstacle = "a larger strength would take the energy of whole layers away"
             return 0.0
-        if growth > MAX_ENERGY_CHANGE / self.total_steps:
+        if growth > MAX_GROWTH / self.total_steps:
             loop.obstacle = "a larger strength would make the weights of whole layers grow without bound"
             return 0.0
         if self.max_dense_cost is not None:  # come to rest at the allowed cost rather than swing around it
@@ -547,7 +549,8 @@ def _effect(penalty: Penalty, layers: Moments, s: Tensor) -> tuple[float, float,
         return 0.0, 0.0, 0.0
     n, mu, q = (x[alive] for x in layers)
     gain, threshold = gain[alive], threshold[alive]
-    kept = gain.square() * (1 - (2 * threshold * mu - threshold.square()) / q)
+    taken = threshold.minimum(mu)  # beyond it, so many weights would cross zero that the next line is wrong
+    kept = gain.square() * (1 - (2 * taken * mu - taken.square()) / q)
     return float((n * threshold / mu).sum() / n.sum()), float((1 - kept).max()), float((kept - 1).max())
 
 

@@ -133,9 +133,9 @@ class SparsityTargetCallback(TrainerCallback, ExportableState):
 
     The run's length is the Trainer's. The training loss that the target watches is read from the model's output,
     summed or averaged over gradient accumulation as the Trainer does, without waiting for it; where the loss is made
-    outside the model (compute_loss_func, label smoothing) there is none. The state is in every checkpoint folder, in
-    trainer_state.json, and resume_from_checkpoint goes on bit for bit, whatever restore_callback_states_from_checkpoint
-    says.
+    outside the model (compute_loss_func, label smoothing) there is none, and the target is more careful with the lr
+    (see `SparsityTarget.step`). The state is in every checkpoint folder, in trainer_state.json, and
+    resume_from_checkpoint goes on bit for bit, whatever restore_callback_states_from_checkpoint says.
 
     Args:
         sparsity: Share of the driven weights that will be pruned, in (0, 1) (default: 0.95)
