@@ -26,6 +26,7 @@ from wcr_optim.files import written_whole
 SUITES = ("vision", "language", "segmentation")
 SHOWN = 12
 """How many tolerances a strength may cost dense and still be in the picture of the trade-off."""
+TOLD_LESS = ", told less"
 Rows = Sequence[Mapping[str, str]]
 
 
@@ -65,7 +66,7 @@ class Cell:
         return statistics.mean(self.dense or (math.nan,))
 
 
-def cell(rows: Rows, task: str, method: str, goal: float, *, careful: bool = False) -> Cell | None:
+def cell(rows: Rows, task: str, method: str, goal: float, *, careful: bool = False, less: bool = False) -> Cell | None:
     """Collect what a method reaches at a sparsity, with what the validation split chose for it.
 
     Args:
@@ -73,9 +74,10 @@ def cell(rows: Rows, task: str, method: str, goal: float, *, careful: bool = Fal
         task: Name of the task.
         method: Name of the method.
         goal: The sparsity.
-        careful: Take the strength, or for SparsityTarget the sparsity that it is told, that was chosen among those
-            within tolerance of the baseline's dense value, and return nothing if the dense value on test is not
-            (default: False)
+        careful: Take the strength that was chosen among those within tolerance of the baseline's dense value, and
+            return nothing if the dense value on test is not (default: False)
+        less: Take what SparsityTarget was told from the validation split too, see `tuning.told`, and return nothing if
+            that is the sparsity itself (default: False)
     """
     parts, kind = Method.of(method), tasks.task(task)
     pair = None
@@ -83,8 +85,8 @@ def cell(rows: Rows, task: str, method: str, goal: float, *, careful: bool = Fal
         pair = tuning.chosen(rows, task, method, goal, careful=careful)
         if pair is None:
             return None
-    told = tuning.told(rows, task, method, goal, careful=careful)
-    if told is None:
+    told = tuning.told(rows, task, method, goal) if less else goal
+    if told is None or (less and told == goal):
         return None
     runs: dict[str, dict[float, Mapping[str, str]]] = {}
     failed = set()
@@ -121,26 +123,30 @@ def cell(rows: Rows, task: str, method: str, goal: float, *, careful: bool = Fal
 def table(rows: Rows, task: str, *, careful: bool = False) -> str:
     """Lay out methods down and wanted sparsities across, as Markdown; the best of each column in bold."""
     kind = tasks.task(task)
-    methods = tested(rows, task)
-    cells = {m: [cell(rows, task, m, goal, careful=careful) for goal in kind.goals] for m in methods}
-    one_shot = [m for m in methods if Method.of(m).pruning is None]
+    cells = {
+        (m, less): [cell(rows, task, m, goal, careful=careful, less=less) for goal in kind.goals]
+        for m in tested(rows, task)
+        for less in ((False, True) if careful else (False,))
+    }
+    one_shot = [row for (m, _), row in cells.items() if Method.of(m).pruning is None]
     best = []
-    for k in range(len(kind.goals)):
-        means = [found.mean for m in one_shot if (found := cells[m][k]) is not None and found.values]
+    for column in zip(*one_shot, strict=True):
+        means = [found.mean for found in column if found is not None and found.values]
         best.append(kind.best(means) if means else None)
     head = [f"{100 * goal:g} % (dense)" for goal in kind.goals]
     lines = [
         "| method | " + " | ".join([*head, "gradients", "seconds", "sharpness"]) + " |",
         "|---" * (len(head) + 4) + "|",
     ]
-    for method, row in cells.items():
+    for (method, less), row in cells.items():
         if not any(row):
             continue
         texts = [
             _cell_text(kind, found, found is not None and found.mean == top)
             for found, top in zip(row, best, strict=True)
         ]
-        lines.append(f"| {Method.of(method).label} | " + " | ".join([*texts, *_costs(row)]) + " |")
+        label = Method.of(method).label + (TOLD_LESS if less else "")
+        lines.append(f"| {label} | " + " | ".join([*texts, *_costs(row)]) + " |")
     return "\n".join(lines)
 
 
@@ -182,14 +188,15 @@ def verdict(rows: Rows, task: str) -> str:
     lines = []
     for goal in kind.goals:
         found = {
-            m: c
+            (m, less): c
             for m in tested(rows, task)
-            if Method.of(m).pruning is None and (c := cell(rows, task, m, goal, careful=True)) is not None
+            for less in (False, True)
+            if Method.of(m).pruning is None and (c := cell(rows, task, m, goal, careful=True, less=less)) is not None
         }
         ours = {
             m: c
             for m, c in found.items()
-            if Method.of(m).penalty in ("wcr", "scale_free", "relative", "per_unit", "target")
+            if Method.of(m[0]).penalty in ("wcr", "scale_free", "relative", "per_unit", "target")
         }
         others = {m: c for m, c in found.items() if m not in ours}
         if not ours or not others:
@@ -201,8 +208,8 @@ def verdict(rows: Rows, task: str) -> str:
         spread = max(ours[one].spread, others[other].spread)
         word = "ahead of" if gap > spread else "behind" if gap < -spread else "level with"
         named = [
-            f"{Method.of(m).label} {c.mean:.{places}f} ± {c.spread:.{places}f}"
-            for m, c in ((one, ours[one]), (other, others[other]))
+            f"{Method.of(m).label}{TOLD_LESS if less else ''} {c.mean:.{places}f} ± {c.spread:.{places}f}"
+            for (m, less), c in ((one, ours[one]), (other, others[other]))
         ]
         lines.append(f"- {100 * goal:g} %: {named[0]} is **{word}** {named[1]}")
     return "\n".join(lines)
@@ -238,8 +245,8 @@ def summary(rows: Rows) -> dict[str, Any]:
     for task in dict.fromkeys(row["task"] for row in rows):
         for method in tested(rows, task):
             for goal in tasks.task(task).goals:
-                for careful in (False, True):
-                    one = cell(rows, task, method, goal, careful=careful)
+                for careful, less in ((False, False), (True, False), (True, True)):
+                    one = cell(rows, task, method, goal, careful=careful, less=less)
                     if one is not None:
                         entry = {
                             "mean": round(one.mean, 4) if one.values else None,
@@ -250,7 +257,7 @@ def summary(rows: Rows) -> dict[str, Any]:
                             "told": one.told,
                             "diverged": one.failed,
                         }
-                        kind = "within_tolerance" if careful else "best"
+                        kind = "told_less" if less else "within_tolerance" if careful else "best"
                         found.setdefault(task, {}).setdefault(method, {}).setdefault(f"{goal:g}", {})[kind] = entry
     return found
 

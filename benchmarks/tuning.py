@@ -123,17 +123,17 @@ def chosen(
     return None if best is None else best[:2]
 
 
-def told(rows: Rows, task: str, method: str, goal: float, *, careful: bool = False) -> float | None:
-    """Return the sparsity of which SparsityTarget was told in the runs that speak for it at a sparsity.
+def told(rows: Rows, task: str, method: str, goal: float) -> float | None:
+    """Return the sparsity that SparsityTarget is told if the dense value shall stay within tolerance of the baseline's.
 
-    The sparsity itself, unless the dense value has to stay within tolerance and there are runs on the validation split:
-    then the one that these choose, as they choose the strength of others; None if none of them is careful enough.
+    It is chosen on the validation split, as the strengths of others are, for the best value at `goal`.
+
+    Returns:
+        None for other methods, if there are no runs on that split, or none that is careful enough.
     """
-    if not careful or Method.of(method).penalty != "target":
-        return goal
+    if Method.of(method).penalty != "target":
+        return None
     options = next((row["options"] for row in rows if (row["task"], row["method"]) == (task, method)), "")
-    if not validation_means(rows, task, method, options):
-        return goal
     best = _best(rows, task, method, goal, careful=True, options=options)
     return None if best is None else best[2]
 
