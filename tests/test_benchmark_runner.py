@@ -201,7 +201,15 @@ def test_runs_that_diverged_stay_in_the_table():
     found = report.summary(rows)["digits_mlp"]
     assert found["sgd"]["0.95"]["best"]["diverged"] == 2
     assert found["sgd+target"]["0.95"] == {
-        "best": {"mean": None, "standard_deviation": None, "values": (), "dense": (), "strength": None, "diverged": 1}
+        "best": {
+            "mean": None,
+            "standard_deviation": None,
+            "values": (),
+            "dense": (),
+            "strength": None,
+            "told": None,
+            "diverged": 1,
+        }
     }
 
 
