@@ -35,12 +35,12 @@ MAX_ERROR = 2.0  # of the tail's logarithm
 FLOOR = 0.1  # of the starting strength: what is below does nothing and only takes long to come back from
 LAST_RESORT = 1e-4  # of the starting strength: how far it is taken back where it does harm
 FIRST_PULL = 5.0  # mean magnitudes that the thresholds of the whole run would add up to at the starting strength
-MAX_LOSS, MAX_GROWTH = 10.0, 3.0  # of any layer's energy over the whole run, as a logarithm, if the penalty alone acted
+MAX_ENERGY_LOSS, MAX_ENERGY_GROWTH = 10.0, 3.0  # as logarithms, of any layer over the whole run, by the penalty alone
 RECOVERY = 1.1  # of a ceiling, from one measurement to the next at which the loss is well
 DEAD = 1e-4  # of its energy at the start: a layer that the penalty has all but taken away
 USELESS = 1.01  # a larger step that raises the thresholds by less than this has no effect left to give
 NORMALIZED, PLAIN = 1.0, 0.25  # exponents of the lr's compensation: updates of a size of their own, and SGD's
-SURE = 0.5  # exponent up to which the lr is raised whatever the loss does: it keeps the angle by which a unit turns
+UNCONDITIONAL = 0.5  # exponent up to which the loss has no say: it keeps the angle by which a unit turns
 RISE, EASE, FALL = 1.1, 0.9, 0.8  # of its factor, at most: loss falls, loss does not, loss is not well
 RECENT = 3  # measurements since which the smoothed loss shall have fallen
 EVEN = 2 / math.pi  # effective density of Gaussian weights: none that starts denser has more to lose
@@ -68,6 +68,17 @@ class _Measurement(NamedTuple):
     energies: list[tuple[float, float]]
     layers: list[Moments]
     loss: float
+
+
+class _Effect(NamedTuple):
+    """What a step does: the share of the mean magnitude that its thresholds take off, averaged over weights.
+
+    And the largest shares of its energy that a layer loses, and that a layer gains.
+    """
+
+    pull: float
+    loss: float
+    growth: float
 
 
 class SparsityTarget:
@@ -325,14 +336,14 @@ class SparsityTarget:
                 continue  # nothing but NaN or zeros
             first = self._first_density.setdefault(index, min(density, EVEN))
             lost = min(max(first / density, 1.0), most)
-            wanted, sure = lost**self.lr_exponent, lost ** min(self.lr_exponent, SURE)
+            wanted, least = lost**self.lr_exponent, lost ** min(self.lr_exponent, UNCONDITIONAL)
             present = float(self._strengths.groups[index].get(LR_FACTOR, 1.0))
             if not well:
                 factor = min(wanted, FALL * present)
             elif falling:
                 factor = min(wanted, RISE * present)
             else:
-                factor = max(min(wanted, EASE * present), min(sure, RISE * present))
+                factor = max(min(wanted, EASE * present), min(least, RISE * present))
             self._set_lr_factor(index, max(factor, 1.0))
 
     def _ask_for_lifts(self) -> None:
@@ -395,11 +406,11 @@ class SparsityTarget:
             return  # a warm-up from zero: the next step may tell
         low, high = math.log(1e-20), math.log(1e6)
         # In a run of a few dozen steps the bound on one step's growth can forbid that: then where the bound begins.
-        most, _, _ = _effect(self._penalty, layers, math.exp(high) * shares)
+        most = _effect(self._penalty, layers, math.exp(high) * shares).pull
         wanted = min(FIRST_PULL / self.total_steps, most / USELESS)
         for _ in range(50):
             middle = (low + high) / 2
-            pull, _, _ = _effect(self._penalty, layers, math.exp(middle) * shares)
+            pull = _effect(self._penalty, layers, math.exp(middle) * shares).pull
             low, high = (middle, high) if pull < wanted else (low, middle)
         loop.level = loop.first_level = math.exp(low) / lr
         loop.lr_peak = lr
@@ -447,15 +458,14 @@ class SparsityTarget:
                 loop.obstacle = f"parameter {place} of group {group} lost nearly all of its energy"
                 return -MAX_CHANGE
         s = loop.lr_peak * loop.level * shares
-        pull, _, _ = _effect(self._penalty, layers, s)
-        further, loss, growth = _effect(self._penalty, layers, s * math.exp(MAX_CHANGE))
-        if further < USELESS * pull:
+        effect = _effect(self._penalty, layers, s * math.exp(MAX_CHANGE))
+        if effect.pull < USELESS * _effect(self._penalty, layers, s).pull:
             loop.obstacle = "the penalty saturates: a larger strength has no further effect"
             return 0.0
-        if loss > MAX_LOSS / self.total_steps:
+        if effect.loss > MAX_ENERGY_LOSS / self.total_steps:
             loop.obstacle = "a larger strength would take the energy of whole layers away"
             return 0.0
-        if growth > MAX_GROWTH / self.total_steps:
+        if effect.growth > MAX_ENERGY_GROWTH / self.total_steps:
             loop.obstacle = "a larger strength would make the weights of whole layers grow without bound"
             return 0.0
         if self.max_dense_cost is not None:  # come to rest at the allowed cost rather than swing around it
@@ -536,22 +546,17 @@ def _exponent(optimizer: Optimizer) -> float:
     return PLAIN if any("SGD" in name and "Sign" not in name for name in names) else NORMALIZED
 
 
-def _effect(penalty: Penalty, layers: Moments, s: Tensor) -> tuple[float, float, float]:
-    """Return what a step of length s does.
-
-    Returns:
-        The share of the mean magnitude that the threshold takes off, averaged over weights; and the largest shares of
-        its energy that a layer loses and that a layer gains.
-    """
+def _effect(penalty: Penalty, layers: Moments, s: Tensor) -> _Effect:
+    """Return what a step of length s does to layers."""
     gain, threshold = penalty.flow(layers, s)
     alive = (layers.mu > 0) & layers.q.isfinite()
     if not alive.any():
-        return 0.0, 0.0, 0.0
+        return _Effect(0.0, 0.0, 0.0)
     n, mu, q = (x[alive] for x in layers)
     gain, threshold = gain[alive], threshold[alive]
     taken = threshold.minimum(mu)  # beyond it, so many weights would cross zero that the next line is wrong
     kept = gain.square() * (1 - (2 * taken * mu - taken.square()) / q)
-    return float((n * threshold / mu).sum() / n.sum()), float((1 - kept).max()), float((kept - 1).max())
+    return _Effect(float((n * threshold / mu).sum() / n.sum()), float((1 - kept).max()), float((kept - 1).max()))
 
 
 def _moments(weights: Sequence[Tensor], device: torch.device) -> Tensor:
