@@ -71,9 +71,12 @@ class _Measurement(NamedTuple):
 
 
 class _Effect(NamedTuple):
-    """What a step does: the share of the mean magnitude that its thresholds take off, averaged over weights.
+    """What a step does to layers.
 
-    And the largest shares of its energy that a layer loses, and that a layer gains.
+    Attributes:
+        pull: The share of the mean magnitude that the thresholds take off, averaged over weights.
+        loss: The largest share of its energy that a layer loses.
+        growth: The largest share of its energy that a layer gains.
     """
 
     pull: float
