@@ -17,7 +17,7 @@ from pathlib import Path
 from benchmarks import runner, tasks, tuning
 from benchmarks.methods import Method
 from benchmarks.report import filled
-from benchmarks.trials import COLUMNS, KEY, Trial, run_trial, steps_of
+from benchmarks.trials import COLUMNS, KEY, Trial, prepare, run_trial, steps_of
 from wcr_optim.files import written_whole
 
 VARIANTS: dict[str, list[tuple[str, str, str]]] = {
@@ -74,12 +74,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     work = functools.partial(_run, o.device)
     variants = list(dict.fromkeys((penalty, options) for rows in VARIANTS.values() for _, penalty, options in rows))
     for task in o.tasks:
+        ready = functools.partial(prepare, task)
         plain = [Trial(task, o.base, 0, split="validation", steps=o.steps)]
         for penalty, options in variants:
             method = f"{o.base}+{penalty}"
             for strength, rho in tuning.grid(task, method, o.strengths):
                 plain.append(Trial(task, method, 0, strength, rho, options=options, steps=o.steps))
-        runner.run_missing(work, plain, steps_of, results, o.jobs)
+        runner.run_missing(work, plain, steps_of, results, o.jobs, ready)
         rows = results.read()
         tested = [Trial(task, o.base, seed, split="test", steps=o.steps) for seed in range(o.seeds)]
         for penalty, options in variants:
@@ -90,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                         Trial(task, f"{o.base}+{penalty}", seed, *pair, options=options, split="test", steps=o.steps)
                         for seed in range(o.seeds)
                     ]
-        runner.run_missing(work, tested, steps_of, results, o.jobs)
+        runner.run_missing(work, tested, steps_of, results, o.jobs, ready)
         text = report(results.read(), task, o.base)
         print(text)
         if o.page.exists():

@@ -159,13 +159,30 @@ class Results:
 
 
 def run_missing(
-    work: Callable[..., list[Row]], trials: Sequence[Any], steps: Callable[[Any], int], results: Results, jobs: int
+    work: Callable[..., list[Row]],
+    trials: Sequence[Any],
+    steps: Callable[[Any], int],
+    results: Results,
+    jobs: int,
+    prepare: Callable[[], object] = lambda: None,
 ) -> None:
-    """Run those trials whose rows a file does not hold yet, and add them as each ends."""
+    """Run those trials whose rows a file does not hold yet, and add them as each ends.
+
+    Args:
+        work: As for `run`.
+        trials: What to run, with a `key` each.
+        steps: As for `run`.
+        results: Where the rows are.
+        jobs: As for `run`.
+        prepare: Called once, if anything is to run: what all of them need, done by this process with all cores rather
+            than by each of the others with one (default: nothing)
+    """
     held = results.keys()
     missing = list(dict.fromkeys(trial for trial in trials if trial.key not in held))
     print(f"{len(trials) - len(missing)} of {len(trials)} runs are in {results.path} already", flush=True)
     started = time.perf_counter()
+    if missing:
+        prepare()
     run(work, missing, steps, jobs, results.append)
     if missing:
         print(f"{len(missing)} runs in {time.perf_counter() - started:.0f} s", flush=True)

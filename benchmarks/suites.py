@@ -21,7 +21,7 @@ from typing import Any
 from benchmarks import report, runner, tasks, tuning
 from benchmarks.methods import SHARPNESS, Method
 from benchmarks.tasks import SPARSITIES
-from benchmarks.trials import COLUMNS, KEY, Trial, run_trial, steps_of
+from benchmarks.trials import COLUMNS, KEY, Trial, prepare, run_trial, steps_of
 
 SUITES = {
     "vision": ("digits_mlp", "digits_cnn", "digits_resnet", "textures"),
@@ -43,19 +43,20 @@ def main(suite: str, argv: Sequence[str] | None = None) -> int:
         steps = lengths[task] = 0 if steps == tasks.task(task).steps else steps
         searched = [method for method in methods if _is_searched(method) or method in _bases(task)]
         common: dict[str, Any] = {"steps": steps, "options": o.options}
+        ready = functools.partial(prepare, task)
         if o.split in ("both", "validation"):
             print(f"{task}: strengths, on the validation split", flush=True)
             trials = tuning.searches(task, searched, o.strengths, [0], **common)
-            runner.run_missing(work, trials, steps_of, results, o.jobs)
+            runner.run_missing(work, trials, steps_of, results, o.jobs, ready)
         if o.split == "validation":
             told = [method for method in methods if Method.of(method).has_goal]
             trials = tuning.searches(task, told, 1, range(o.seeds), **common)
-            runner.run_missing(work, trials, steps_of, results, o.jobs)
+            runner.run_missing(work, trials, steps_of, results, o.jobs, ready)
             continue
         print(f"{task}: what they chose, on the test split", flush=True)
         rows = tuning.of_run(results.read(), lengths, o.options)
         trials = tuning.choices(task, methods, rows, range(o.seeds), **common)
-        runner.run_missing(work, trials, steps_of, results, o.jobs)
+        runner.run_missing(work, trials, steps_of, results, o.jobs, ready)
     if o.split != "validation":
         report.write(tuning.of_run(results.read(), lengths, o.options), o.output, suite)
         print(f"see {o.output}/{suite}.md, {suite}.json and the pictures beside them")

@@ -103,6 +103,11 @@ def steps_of(trial: Trial) -> int:
     return max(1, (trial.steps or tasks.task(trial.task).steps) // int(trial.settings.get("batch", 1)))
 
 
+def prepare(task: str) -> None:
+    """Build a task's model once, which leaves what comes before it, such as a pre-training, in the task's cache."""
+    tasks.task(task).model(0)
+
+
 def train(trial: Trial, device: str = "cpu", progress: Callable[[], None] = lambda: None) -> Trained:
     """Train with a cosine schedule.
 

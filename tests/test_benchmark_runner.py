@@ -299,6 +299,22 @@ def test_rows_come_back_in_order_and_only_missing_runs_are_run(tmp_path, capfd):
     assert len(results.read()) == 10
 
 
+def test_what_all_runs_need_is_prepared_once_and_only_if_there_is_one(tmp_path):
+    results = runner.Results(tmp_path / "r.csv", COLUMNS, KEY)
+    trials = [Trial("digits_mlp", "sgd", seed) for seed in range(3)]
+    calls = []
+    for count in (2, 2, 3, 3):
+        runner.run_missing(
+            functools.partial(work, 1.0),
+            trials[:count],
+            lambda trial: 3,
+            results,
+            jobs=2,
+            prepare=lambda count=count: calls.append((count, len(results.keys()))),
+        )
+    assert calls == [(2, 0), (3, 2)]
+
+
 def test_a_file_of_other_columns_is_refused_and_left_alone(tmp_path):
     path = tmp_path / "r.csv"
     path.write_text("a,b\n1,2\n")
