@@ -296,20 +296,21 @@ class TestSparsityTarget:
             assert target.lr_factors() == [1.0, 1.0]
 
     def test_the_default_asks_what_kind_of_updates_the_base_makes(self):
-        def exponent(base, wrap=lambda base: base):
-            return SparsityTarget(WCR(wrap(base(student().parameters(), lr=1e-3))), total_steps=10).lr_exponent
+        def defaults(base, wrap=lambda base: base):
+            target = SparsityTarget(WCR(wrap(base(student().parameters(), lr=1e-3)), form="per_unit"), total_steps=10)
+            return target.lr_exponent, target.tail_energy
 
-        with pytest.warns(UserWarning, match="preprint"):
-            found = [
-                exponent(torch.optim.SGD),
-                exponent(torch.optim.SGD, SAM),
-                exponent(torch.optim.AdamW),
-                exponent(torch.optim.RMSprop, SAM),
-                exponent(torch.optim.ASGD),
-                exponent(torch.optim.LBFGS),
-            ]
-        assert found[0] == found[1] == found[4] < found[2] == found[3] == 1.0
-        assert found[5] == 0.0
+        plain, normalized = (0.25, 1e-3), (1.0, 3e-3)
+        assert defaults(torch.optim.SGD) == defaults(torch.optim.SGD, SAM) == defaults(torch.optim.ASGD) == plain
+        assert defaults(torch.optim.AdamW) == defaults(torch.optim.RMSprop, SAM) == normalized
+        assert defaults(torch.optim.LBFGS) == (0.0, 3e-3)
+
+    def test_a_tail_energy_that_is_given_is_taken_around_any_base(self):
+        for base in BASES.values():
+            target = SparsityTarget(
+                WCR(base(student().parameters()), form="per_unit"), total_steps=10, tail_energy=2e-3
+            )
+            assert target.tail_energy == 2e-3
 
     def test_exponent_0_touches_nothing(self):
         optimizer = WCR(BASES["adamw"](param_groups(student())), form="per_unit")

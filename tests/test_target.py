@@ -60,7 +60,7 @@ class TestControl:
         for strength in (1e-6, 1.0):
             net = student()
             optimizer = WCR(BASES["sgd"](param_groups(net, weight_concentration=strength)), form="per_unit")
-            target = SparsityTarget(optimizer, 0.9, 150)
+            target = SparsityTarget(optimizer, 0.9, 150, tail_energy=3e-3)
             fit(net, optimizer, target, 150)
             tails.append(target.last_tail)
         assert max(tails) < 1.5 * 3e-3

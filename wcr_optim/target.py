@@ -39,7 +39,12 @@ MAX_ENERGY_LOSS, MAX_ENERGY_GROWTH = 10.0, 3.0  # as logarithms, of any layer ov
 RECOVERY = 1.1  # of a ceiling, from one measurement to the next at which the loss is well
 DEAD = 1e-4  # of its energy at the start: a layer that the penalty has all but taken away
 USELESS = 1.01  # a larger step that raises the thresholds by less than this has no effect left to give
-NORMALIZED, PLAIN = 1.0, 0.25  # exponents of the lr's compensation: updates of a size of their own, and SGD's
+# By base: around one whose updates have a size of their own, such as Adam, and around SGD, whose have the gradient's.
+NORMALIZED, PLAIN = 1.0, 0.25  # exponents of the lr's compensation
+NORMALIZED_TAIL, PLAIN_TAIL = (
+    3e-3,
+    1e-3,
+)  # goals: Adam moves what is pruned as far as the rest, deeper costs it learning
 UNCONDITIONAL = 0.5  # exponent up to which the loss has no say: it keeps the angle by which a unit turns
 RISE, EASE, FALL = 1.1, 0.9, 0.8  # of its factor, at most: loss falls, loss does not, loss is not well
 RECENT = 3  # measurements since which the smoothed loss shall have fallen
@@ -132,7 +137,8 @@ class SparsityTarget:
         optimizer: Optimizer with a decoupled penalty in its chain (`WCR`, `HoyerDecay`, `L1Decay`, `Decoupled`).
         sparsity: Share of the driven weights that will be pruned, in (0, 1) (default: 0.95).
         total_steps: Optimizer steps of the whole run. Unknown? Give the number within which the goal shall be reached.
-        tail_energy: Share of the energy, in (0, 1), that pruning may take (default: 3e-3).
+        tail_energy: Share of the energy, in (0, 1), that pruning may take. None stands for 3e-3, and for 1e-3 around
+            SGD, which pays less for a deeper tail (default: None).
         max_dense_cost: Rise of the smoothed training loss above its best, in its own units, beyond which the strength
             is taken back; `step` then needs the loss. None stands for the automatic stop alone (default: None).
         scope: What is ranked together and driven together, as in `pruning`: "global", all weights at one strength, or
@@ -143,8 +149,8 @@ class SparsityTarget:
         every: Steps between measurements; None measures 100 times in a run (default: None).
         lr_exponent: How far the base's lr makes up for the lost density, from 0, not at all, to 1; what is above 1/2
             only while the loss falls. None stands for 1 where updates have a size of their own (Adam and all that
-            normalize them), for 1/4 around SGD (any class with SGD in its name), whose steps follow the gradient's
-            size at the edge of stability, and for 0 around LBFGS (default: None).
+            normalize them), for 1/4 around SGD (any class with SGD in its name but SignSGD), whose steps follow the
+            gradient's size at the edge of stability, and for 0 around LBFGS (default: None).
 
     Attributes:
         last_tail: The tail as last measured, over all driven weights; NaN before the first step.
@@ -165,7 +171,7 @@ class SparsityTarget:
         optimizer: Optimizer,
         sparsity: float = 0.95,
         total_steps: int | None = None,
-        tail_energy: float = 3e-3,
+        tail_energy: float | None = None,
         max_dense_cost: float | None = None,
         *,
         scope: str = "global",
@@ -175,7 +181,7 @@ class SparsityTarget:
         lr_exponent: float | None = None,
     ) -> None:
         for name, value in (("sparsity", sparsity), ("tail_energy", tail_energy)):
-            if not 0.0 < value < 1.0:
+            if value is not None and not 0.0 < value < 1.0:
                 raise ValueError(f"{name} must lie between 0 and 1, both excluded, got {value!r}")
         if scope not in ("global", "layer"):
             raise ValueError(f"scope must be 'global' or 'layer', got {scope!r}")
@@ -191,10 +197,13 @@ class SparsityTarget:
             raise ValueError(f"lr_exponent must lie in [0, 1], 0 to leave the lr alone, got {lr_exponent!r}")
         total_steps = check_total_steps(total_steps)
         self._strengths = Strengths(optimizer)
+        kinds = _kinds(self._strengths.decoupled)
+        if tail_energy is None:
+            tail_energy = PLAIN_TAIL if _follows_the_gradient(kinds) else NORMALIZED_TAIL
         self.sparsity, self.total_steps, self.tail_energy = float(sparsity), total_steps, float(tail_energy)
         self.max_dense_cost, self.scope, self.start, self.end = max_dense_cost, scope, start, end
         self.every = every or max(1, total_steps // MEASUREMENTS)
-        self.lr_exponent = _exponent(self._strengths.decoupled) if lr_exponent is None else lr_exponent
+        self.lr_exponent = _exponent(kinds) if lr_exponent is None else lr_exponent
         self.steps = 0
         self.last_tail = math.nan
         self.history: list[list[float]] = []
@@ -536,17 +545,25 @@ class SparsityTarget:
         return training_curves(self.history, path, accuracy, goal=self.tail_energy)
 
 
-def _exponent(optimizer: Optimizer) -> float:
-    """Return the exponent for the optimizer at the end of the chain."""
+def _kinds(optimizer: Optimizer) -> list[str]:
+    """Return the names of the classes that the optimizer at the end of the chain is of."""
     below: Any = optimizer
     while below is not None:
         optimizer = below
         # A wrapper of ours, what ZeroRedundancyOptimizer runs on each rank, or what Accelerate has prepared.
         below = next((getattr(below, name) for name in ("base", "optim", "optimizer") if hasattr(below, name)), None)
-    names = [kind.__name__ for kind in type(optimizer).__mro__]
-    if "LBFGS" in names:
+    return [kind.__name__ for kind in type(optimizer).__mro__]
+
+
+def _follows_the_gradient(kinds: Sequence[str]) -> bool:
+    """Say whether an optimizer's updates have the gradient's size, as SGD's do, and none of their own."""
+    return any("SGD" in name and "Sign" not in name for name in kinds)
+
+
+def _exponent(kinds: Sequence[str]) -> float:
+    if "LBFGS" in kinds:
         return 0.0  # a quasi-Newton step finds its own length
-    return PLAIN if any("SGD" in name and "Sign" not in name for name in names) else NORMALIZED
+    return PLAIN if _follows_the_gradient(kinds) else NORMALIZED
 
 
 def _effect(penalty: Penalty, layers: Moments, s: Tensor) -> _Effect:
