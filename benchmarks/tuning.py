@@ -123,10 +123,18 @@ def chosen(
     return None if best is None else best[:2]
 
 
-def told(rows: Rows, task: str, method: str, goal: float) -> float | None:
-    """Return the sparsity that SparsityTarget is told if the dense value shall stay within tolerance of the baseline's.
+def told(rows: Rows, task: str, method: str, goal: float, *, careful: bool = False) -> float | None:
+    """Return what SparsityTarget is told in order to be pruned at `goal`, if that is searched as strengths are.
 
-    It is chosen on the validation split, as the strengths of others are, for the best value at `goal`.
+    It is the sparsity whose run has the best value at `goal` on the validation split.
+
+    Args:
+        rows: Of results.
+        task: Name of the task.
+        method: Name of the method.
+        goal: The sparsity that it is pruned at.
+        careful: Choose only among those whose dense value is within the task's tolerance of the baseline's (default:
+            False)
 
     Returns:
         None for other methods, if there are no runs on that split, or none that is careful enough.
@@ -134,7 +142,7 @@ def told(rows: Rows, task: str, method: str, goal: float) -> float | None:
     if Method.of(method).penalty != "target":
         return None
     options = next((row["options"] for row in rows if (row["task"], row["method"]) == (task, method)), "")
-    best = _best(rows, task, method, goal, careful=True, options=options)
+    best = _best(rows, task, method, goal, careful=careful, options=options)
     return None if best is None else best[2]
 
 
