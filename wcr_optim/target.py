@@ -41,10 +41,7 @@ DEAD = 1e-4  # of its energy at the start: a layer that the penalty has all but 
 USELESS = 1.01  # a larger step that raises the thresholds by less than this has no effect left to give
 # By base: around one whose updates have a size of their own, such as Adam, and around SGD, whose have the gradient's.
 NORMALIZED, PLAIN = 1.0, 0.25  # exponents of the lr's compensation
-NORMALIZED_TAIL, PLAIN_TAIL = (
-    3e-3,
-    1e-3,
-)  # goals: Adam moves what is pruned as far as the rest, deeper costs it learning
+NORMALIZED_TAIL, PLAIN_TAIL = 3e-3, 1e-3  # goals: Adam moves what shall stay small as far as the rest
 UNCONDITIONAL = 0.5  # exponent up to which the loss has no say: it keeps the angle by which a unit turns
 RISE, EASE, FALL = 1.1, 0.9, 0.8  # of its factor, at most: loss falls, loss does not, loss is not well
 RECENT = 3  # measurements since which the smoothed loss shall have fallen
