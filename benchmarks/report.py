@@ -67,7 +67,9 @@ class Cell:
         return statistics.mean(self.dense or (math.nan,))
 
 
-def cell(rows: Rows, task: str, method: str, goal: float, *, careful: bool = False, told: bool = False) -> Cell | None:
+def cell(
+    rows: Rows, task: str, method: str, goal: float, *, careful: bool = False, search: bool = False
+) -> Cell | None:
     """Collect what a method reaches at a sparsity, with what the validation split chose for it.
 
     Args:
@@ -77,18 +79,18 @@ def cell(rows: Rows, task: str, method: str, goal: float, *, careful: bool = Fal
         goal: The sparsity.
         careful: Take the strength that was chosen among those within tolerance of the baseline's dense value, and
             return nothing if the dense value on test is not (default: False)
-        told: Have the validation split choose what SparsityTarget was told, too, see `tuning.told`, and return nothing
-            if that is the sparsity itself (default: False)
+        search: Have the validation split choose what SparsityTarget was told, too, see `tuning.told`, and return
+            nothing if that is the sparsity itself (default: False)
     """
     parts, kind = Method.of(method), tasks.task(task)
+    told = tuning.told(rows, task, method, goal, careful=careful) if search else goal
+    if told is None or (search and told == goal):
+        return None
     pair = None
     if parts.searched is not None:
         pair = tuning.chosen(rows, task, method, goal, careful=careful)
         if pair is None:
             return None
-    wanted = tuning.told(rows, task, method, goal, careful=careful) if told else goal
-    if wanted is None or (told and wanted == goal):
-        return None
     runs: dict[str, dict[float, Mapping[str, str]]] = {}
     failed = set()
     for row in rows:
@@ -96,7 +98,7 @@ def cell(rows: Rows, task: str, method: str, goal: float, *, careful: bool = Fal
             continue
         if pair is not None and (float(row["strength"]), float(row["rho"])) != pair:
             continue
-        if parts.has_goal and float(row["goal"]) != wanted:
+        if parts.has_goal and float(row["goal"]) != told:
             continue
         if tuning.failed(row):
             failed.add(row["seed"])
@@ -113,7 +115,7 @@ def cell(rows: Rows, task: str, method: str, goal: float, *, careful: bool = Fal
     }
     searched = None if pair is None else pair[0] if parts.searched == "strength" else pair[1]
     values, dense = (tuple(float(run[at]["value"]) for run in whole) for at in (goal, 0.0))
-    found = Cell(values, dense, searched, cost, len(failed), wanted if wanted != goal else None)
+    found = Cell(values, dense, searched, cost, len(failed), told if told != goal else None)
     if careful:
         baseline = cell(rows, task, parts.base, goal)
         if baseline is None or not tuning.within_tolerance(task, found.dense_mean, baseline.dense_mean):
@@ -125,9 +127,9 @@ def table(rows: Rows, task: str, *, careful: bool = False) -> str:
     """Lay out methods down and wanted sparsities across, as Markdown; the best of each column in bold."""
     kind = tasks.task(task)
     cells = {
-        (m, told): [cell(rows, task, m, goal, careful=careful, told=told) for goal in kind.goals]
+        (m, search): [cell(rows, task, m, goal, careful=careful, search=search) for goal in kind.goals]
         for m in tested(rows, task)
-        for told in (False, True)
+        for search in (False, True)
     }
     one_shot = [row for (m, _), row in cells.items() if Method.of(m).pruning is None]
     best = []
@@ -139,14 +141,14 @@ def table(rows: Rows, task: str, *, careful: bool = False) -> str:
         "| method | " + " | ".join([*head, "gradients", "seconds", "sharpness"]) + " |",
         "|---" * (len(head) + 4) + "|",
     ]
-    for (method, told), row in cells.items():
+    for (method, search), row in cells.items():
         if not any(row):
             continue
         texts = [
             _cell_text(kind, found, found is not None and found.mean == top)
             for found, top in zip(row, best, strict=True)
         ]
-        label = Method.of(method).label + (GOAL_SEARCHED if told else "")
+        label = Method.of(method).label + (GOAL_SEARCHED if search else "")
         lines.append(f"| {label} | " + " | ".join([*texts, *_costs(row)]) + " |")
     return "\n".join(lines)
 
@@ -186,13 +188,14 @@ def verdict(rows: Rows, task: str) -> str:
     """Say for each wanted sparsity which method is best among those that keep the dense value, and by how much."""
     kind = tasks.task(task)
     places = 3 if kind.metric == "bits_per_byte" else 1
+    one_shot = [m for m in tested(rows, task) if Method.of(m).pruning is None]
     lines = []
     for goal in kind.goals:
         found = {
-            (m, told): c
-            for m in tested(rows, task)
-            for told in (False, True)
-            if Method.of(m).pruning is None and (c := cell(rows, task, m, goal, careful=True, told=told)) is not None
+            (m, search): c
+            for m in one_shot
+            for search in (False, True)
+            if (c := cell(rows, task, m, goal, careful=True, search=search)) is not None
         }
         ours = {
             m: c
@@ -209,8 +212,8 @@ def verdict(rows: Rows, task: str) -> str:
         spread = max(ours[one].spread, others[other].spread)
         word = "ahead of" if gap > spread else "behind" if gap < -spread else "level with"
         named = [
-            f"{Method.of(m).label}{GOAL_SEARCHED if told else ''} {c.mean:.{places}f} ± {c.spread:.{places}f}"
-            for (m, told), c in ((one, ours[one]), (other, others[other]))
+            f"{Method.of(m).label}{GOAL_SEARCHED if search else ''} {c.mean:.{places}f} ± {c.spread:.{places}f}"
+            for (m, search), c in ((one, ours[one]), (other, others[other]))
         ]
         lines.append(f"- {100 * goal:g} %: {named[0]} is **{word}** {named[1]}")
     return "\n".join(lines)
@@ -246,8 +249,8 @@ def summary(rows: Rows) -> dict[str, Any]:
     for task in dict.fromkeys(row["task"] for row in rows):
         for method in tested(rows, task):
             for goal in tasks.task(task).goals:
-                for careful, told in itertools.product((False, True), repeat=2):
-                    one = cell(rows, task, method, goal, careful=careful, told=told)
+                for careful, search in itertools.product((False, True), repeat=2):
+                    one = cell(rows, task, method, goal, careful=careful, search=search)
                     if one is not None:
                         entry = {
                             "mean": round(one.mean, 4) if one.values else None,
@@ -258,7 +261,7 @@ def summary(rows: Rows) -> dict[str, Any]:
                             "told": one.told,
                             "diverged": one.failed,
                         }
-                        kind = ("goal_searched_" if told else "") + ("within_tolerance" if careful else "best")
+                        kind = ("goal_searched_" if search else "") + ("within_tolerance" if careful else "best")
                         found.setdefault(task, {}).setdefault(method, {}).setdefault(f"{goal:g}", {})[kind] = entry
     return found
 

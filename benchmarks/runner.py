@@ -180,9 +180,9 @@ def run_missing(
     held = results.keys()
     missing = list(dict.fromkeys(trial for trial in trials if trial.key not in held))
     print(f"{len(trials) - len(missing)} of {len(trials)} runs are in {results.path} already", flush=True)
+    if not missing:
+        return
     started = time.perf_counter()
-    if missing:
-        prepare()
+    prepare()
     run(work, missing, steps, jobs, results.append)
-    if missing:
-        print(f"{len(missing)} runs in {time.perf_counter() - started:.0f} s", flush=True)
+    print(f"{len(missing)} runs in {time.perf_counter() - started:.0f} s", flush=True)

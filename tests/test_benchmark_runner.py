@@ -142,25 +142,25 @@ def test_a_target_whose_goal_validation_chose_is_in_a_row_of_its_own():
     cell = functools.partial(report.cell, rows, "digits_mlp", "sgd+target", careful=True)
     assert cell(0.95).mean == 96.1, "without a search, what it was told is what is wanted"
     assert cell(0.98) is None
-    assert cell(0.98, told=True) is None
+    assert cell(0.98, search=True) is None
     strict = [*rows_of("sgd", 0.0, accuracies(99.0, 60.0)), *runs("validation")]
-    assert report.cell(rows[5:] + strict, "digits_mlp", "sgd+target", 0.98, careful=True, told=True) is None
+    assert report.cell(rows[5:] + strict, "digits_mlp", "sgd+target", 0.98, careful=True, search=True) is None
     rows += runs("validation")
-    found = cell(0.98, told=True)
+    found = cell(0.98, search=True)
     assert (found.told, found.mean, found.dense_mean) == (0.95, 96.1, 97.8)
-    assert cell(0.9, told=True).told == 0.95
-    assert cell(0.95, told=True) is None
+    assert cell(0.9, search=True).told == 0.95
+    assert cell(0.95, search=True) is None
     assert cell(0.98) is None
     text = report.section(rows, "digits_mlp").replace("*", "")
     assert "| SGD + SparsityTarget, goal searched | 97.5 (97.8) told 95 % | – | 96.1 (97.8) told 95 % | 96.1" in text
     assert "98 %: SGD + SparsityTarget, goal searched 96.1 ± 0.0 is ahead of SGD 60.0 ± 0.0" in text
     assert report.summary(rows)["digits_mlp"]["sgd+target"]["0.98"]["goal_searched_within_tolerance"]["told"] == 0.95
-    best = report.cell(rows, "digits_mlp", "sgd+target", 0.9, told=True)
+    best = report.cell(rows, "digits_mlp", "sgd+target", 0.9, search=True)
     assert (best.told, best.mean, best.dense_mean) == (0.98, 97.6, 96.0), "whatever it costs dense"
     assert "goal searched | 97.6 (96.0) told 98 % |" in report.table(rows, "digits_mlp").replace("*", "")
     assert report.summary(rows)["digits_mlp"]["sgd+target"]["0.9"]["goal_searched_best"]["told"] == 0.98
     renamed = [row | {"options": "end=0.6"} if row["method"] == "sgd+target" else row for row in rows]
-    assert report.cell(renamed, "digits_mlp", "sgd+target", 0.98, careful=True, told=True).told == 0.95
+    assert report.cell(renamed, "digits_mlp", "sgd+target", 0.98, careful=True, search=True).told == 0.95
 
 
 def test_a_diverged_run_stays_in_the_file_and_chooses_nothing():
