@@ -4,9 +4,20 @@ import math
 import warnings
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
-from reference import assert_same, make_closure, plain_moments, plain_shrink, small_batch, small_net, train, weights
+from reference import (
+    assert_same,
+    make_closure,
+    plain_moments,
+    plain_shrink,
+    small_batch,
+    small_net,
+    through_file,
+    train,
+    weights,
+)
 from torch import nn
 from torch.optim import lr_scheduler
 
@@ -445,6 +456,50 @@ def test_strength_turned_bad_by_a_schedule_stops_the_step_before_any_change(name
     with pytest.raises(ValueError, match=r"got -1.0 in param_groups\[1\]"):
         opt.step()
     assert all(torch.equal(a, b) for a, b in zip(before, weights(net), strict=True))
+
+
+@each
+@pytest.mark.parametrize("bad", [-1e-4, math.nan, math.inf, torch.tensor(-1e-4), None, "0.1", True])
+def test_a_learning_rate_gone_bad_stops_the_step_before_any_change(name, bad):
+    net = small_net()
+    opt = wrapped(name, net)
+    make_closure(net, opt, 0)()
+    opt.param_groups[0]["lr"] = bad
+    before = weights(net)
+    with pytest.raises((ValueError, TypeError), match=r"lr must be .* in param_groups\[0\]"):
+        opt.step()
+    assert all(torch.equal(a, b) for a, b in zip(before, weights(net), strict=True))
+    opt.param_groups[0] |= {WRAPPERS[name][1]: 0.0, "lr": -1e-4}  # without a penalty it is the base's to judge
+    opt.step()
+
+
+@each
+def test_gradients_through_the_step_are_refused_where_a_penalty_acts(name):
+    make, _, strength = WRAPPERS[name]
+    with pytest.raises(ValueError, match=r"differentiable=True in param_groups\[0\]"):
+        make(torch.optim.SGD(small_net().parameters(), lr=0.1, differentiable=True), strength)
+    make(torch.optim.SGD(small_net().parameters(), lr=0.1, differentiable=True), 0.0)
+
+
+@pytest.mark.parametrize("bad", [None, 1.5, math.nan, "2", True])
+def test_min_ndim_that_is_no_whole_number(bad):
+    with pytest.raises(TypeError, match=r"min_ndim must be a whole number, got .* in param_groups\[0\]"):
+        WCR(torch.optim.SGD([{"params": small_net().parameters(), "min_ndim": bad}], lr=0.1))
+
+
+@pytest.mark.parametrize("option", ["eps", "max_growth"])
+@pytest.mark.parametrize("bad", [None, "1e-8", True])
+def test_an_option_of_a_form_that_is_no_number(option, bad):
+    with pytest.raises(TypeError, match=f"{option} must be a number, got"):
+        WCR(sgd(small_net()), **{option: bad})
+
+
+def test_numpys_numbers_put_into_a_group_load_again_from_a_safe_checkpoint():
+    opt = wrapped("scale_free", small_net())
+    opt.param_groups[0]["weight_concentration"] = np.logspace(-4, -2, 3)[1]
+    opt.param_groups[0]["base_lr_factor"] = np.float64(2.0)
+    (group,) = through_file(opt.state_dict())["param_groups"]
+    assert (group["weight_concentration"], group["base_lr_factor"]) == (pytest.approx(1e-3), 2.0)
 
 
 def test_bad_strength_in_a_checkpoint_is_refused_before_any_change():

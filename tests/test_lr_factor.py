@@ -113,11 +113,12 @@ class TestUpdate:
         with pytest.raises(TypeError, match=r"base_lr_factor must be a number, got .* in param_groups\[0\]"):
             optimizer.step()
 
-    def test_adamw_decays_as_without_it(self):
+    @pytest.mark.parametrize("base", ["AdamW", "Muon", "Adafactor"])
+    def test_a_decay_by_lr_is_as_without_it(self, base):
         decays = []
         for factor in (1.0, 8.0):
             w = torch.nn.Parameter(torch.randn(3, 4, generator=torch.Generator().manual_seed(0)))
-            optimizer = WCR(torch.optim.AdamW([w], lr=1e-2, weight_decay=0.5), 0.0)
+            optimizer = WCR(getattr(torch.optim, base)([w], lr=1e-2, weight_decay=0.5), 0.0)
             optimizer.param_groups[0][LR_FACTOR] = factor
             w.grad = torch.zeros_like(w)
             before = w.detach().clone()

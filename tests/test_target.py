@@ -11,7 +11,7 @@ from reference import assert_same, through_file
 from target_reference import BASES, driven, fit, plain_tail, student, teacher_batch, weights_of
 from torch import nn
 
-from wcr_optim import SAM, WCR, Decoupled, HoyerDecay, L1Decay, L2Decay, SparsityTarget, param_groups
+from wcr_optim import SAM, SSAM, WCR, AdamW, Decoupled, HoyerDecay, L1Decay, L2Decay, SparsityTarget, param_groups
 from wcr_optim.penalties import ScaleFree
 
 
@@ -233,6 +233,31 @@ class TestItDoesNotKill:
         assert "training loss" in target._loops[0].obstacle
 
 
+class TestWarmUp:
+    @pytest.mark.parametrize("kind", [float, torch.tensor])
+    def test_lr_times_strength_is_kept_between_measurements_too(self, kind):
+        net = student()
+        optimizer = WCR(torch.optim.AdamW(param_groups(net), lr=kind(1e-3)), form="per_unit")
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min(1.0, (i + 1) / 60))
+        target = SparsityTarget(optimizer, 0.9, 6000)  # measures at steps 1, 60, 120
+        lengths = []
+        for step in range(59):
+            fit(net, optimizer, target, 1, schedule, first=step)
+            lengths.append(float(optimizer.param_groups[0]["lr"]) * target.strengths()[0])
+        assert len(target.history) == 1
+        # The scheduler comes after the target, so the next step's lr is ahead by a step of the warm-up.
+        assert lengths == pytest.approx([lengths[0] / 2 * (k + 2) / (k + 1) for k in range(59)])
+
+    def test_from_a_learning_rate_of_zero(self):
+        net = student()
+        optimizer = WCR(torch.optim.AdamW(param_groups(net), lr=1e-3), form="per_unit")
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: i / 60)
+        target = SparsityTarget(optimizer, 0.9, 6000)
+        fit(net, optimizer, target, 30, schedule)
+        assert [row[0] for row in target.history] == [1, 2]
+        assert target.strengths()[0] > 0
+
+
 class TestResume:
     @pytest.mark.parametrize("base", BASES)
     @pytest.mark.parametrize("scope", ["global", "layer"])
@@ -267,6 +292,25 @@ class TestResume:
         other.load_state_dict(states[1])
         fresh.load_state_dict(states[0])
         assert other.strengths() == target.strengths()
+
+    def test_a_state_of_more_groups_or_another_scope_is_refused_and_changes_nothing(self):
+        def target(groups, scope):
+            net = student()
+            weights = [net[0].weight, net[2].weight, net[4].weight]
+            optimizer = WCR(BASES["sgd"]([{"params": [w]} for w in weights[:groups]]), form="per_unit")
+            made = SparsityTarget(optimizer, 0.9, 50, scope=scope)
+            fit(net, optimizer, made, 10)
+            return made
+
+        states = {(n, scope): target(n, scope).state_dict() for n in (2, 3) for scope in ("global", "layer")}
+        for scope, other in (("global", "layer"), ("layer", "global")):
+            here = target(2, scope)
+            before = copy.deepcopy(here.state_dict())
+            with pytest.raises(ValueError, match="3 parameter groups, and the optimizer has 2"):
+                here.load_state_dict(states[3, scope])
+            with pytest.raises(ValueError, match=f"scope='{other}', and this object has scope='{scope}'"):
+                here.load_state_dict(states[2, other])
+            assert repr(here.state_dict()) == repr(before)
 
 
 class TestGroups:
@@ -322,6 +366,65 @@ class TestGroups:
         fit(net, optimizer, target, 3)
         assert optimizer.param_groups[0]["weight_concentration"] is strength
         assert strength.item() == pytest.approx(target._loops[0].level)
+
+    def test_a_tensor_for_all_groups_is_one_for_each_where_they_go_different_ways(self):
+        net = student()
+        groups = [{"params": [net[0].weight]}, {"params": [net[2].weight]}]
+        optimizer = WCR(BASES["sgd"](groups), torch.tensor(1e-3), form="per_unit")
+        target = SparsityTarget(optimizer, 0.9, 100, scope="layer")
+        fit(net, optimizer, target, 30)
+        assert target.strengths() == pytest.approx([loop.level for loop in target._loops])
+        assert target.strengths()[0] != target.strengths()[1]
+
+    @pytest.mark.parametrize("kind", [float, torch.tensor])
+    def test_a_group_that_is_added_later_starts_with_the_strength_that_was_given(self, kind):
+        net, extra = student(), nn.Linear(1, 64, bias=False)
+        optimizer = WCR(BASES["sgd"](param_groups(net)), kind(1e-3), form="per_unit")
+        target = SparsityTarget(optimizer, 0.9, 100)
+        fit(net, optimizer, target, 30)
+        optimizer.add_param_group({"params": extra.parameters()})
+        assert float(optimizer.param_groups[-1]["weight_concentration"]) == pytest.approx(1e-3)
+
+    @pytest.mark.parametrize("kind", ["biases", "frozen", "no lr"])
+    @pytest.mark.parametrize("place", [0, 2])
+    def test_a_group_with_nothing_to_drive_beside_others(self, kind, place):
+        net = student()
+        idle = {"biases": {"params": [net[0].bias]}, "frozen": {"params": [net[4].weight]}}
+        idle["no lr"] = {"params": [net[4].weight], "lr": 0.0}
+        net[4].weight.requires_grad_(kind != "frozen")
+        groups = [{"params": [net[0].weight]}, {"params": [net[2].weight]}]
+        groups.insert(place, idle[kind])
+        optimizer = WCR(BASES["sgd"](groups), form="per_unit")
+        target = SparsityTarget(optimizer, 0.9, 300, scope="layer")
+        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 300)
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            fit(net, optimizer, target, 300, scheduler)
+        assert [row[0] for row in target.history] == [1, *range(3, 301, 3)]
+        assert not any(math.isnan(row[2]) for row in target.history)
+        reached = [loop.tail for index, loop in enumerate(target._loops) if index != place]
+        assert max(reached) <= 1.5 * target.tail_energy
+        missed = [str(w.message) for w in said if "still take" in str(w.message)]
+        assert len(missed) == (kind == "no lr")
+        assert all("its learning rate was 0" in text for text in missed)
+
+    def test_an_empty_first_group(self):
+        net = student()
+        optimizer = AdamW([{"params": []}, *param_groups(net)], lr=1e-3, weight_concentration=1e-3, form="per_unit")
+        target = SparsityTarget(optimizer, 0.9, 100)
+        fit(net, optimizer, target, 3)
+        assert target.last_tail == pytest.approx(plain_tail([p for p in net.parameters() if p.ndim > 1], 0.9), rel=0.02)
+
+    def test_around_ssam_without_closures_it_is_the_true_weights_that_are_measured(self):
+        net = student()
+        optimizer = WCR(SSAM(BASES["sgd"](param_groups(net)), rho=1.0), form="per_unit")
+        target = SparsityTarget(optimizer, 0.9, 100, every=1)
+        fit(net, optimizer, target, 20)
+        perturbed = [w.detach().clone() for w in weights_of(optimizer)]
+        with optimizer.true_weights():
+            assert target.last_tail == pytest.approx(plain_tail(weights_of(optimizer), 0.9), rel=0.02)
+        assert all(torch.equal(a, b) for a, b in zip(perturbed, weights_of(optimizer), strict=True))
+        assert target.last_tail != pytest.approx(plain_tail(perturbed, 0.9), rel=0.02)
 
     @pytest.mark.parametrize(
         "wrap",

@@ -2,7 +2,9 @@
 
 import copy
 import math
+import re
 
+import numpy as np
 import pytest
 import torch
 from reference import through_file
@@ -40,6 +42,28 @@ class TestRefusals:
         with pytest.raises(ValueError, match=message):
             SparsityTarget(self.optimizer(), **({"total_steps": 100} | options))
 
+    @pytest.mark.parametrize(
+        "name", ["sparsity", "tail_energy", "max_dense_cost", "start", "end", "every", "lr_exponent"]
+    )
+    @pytest.mark.parametrize("bad", ["0.5", True, [0.5]])
+    def test_what_is_no_number_is_named(self, name, bad):
+        with pytest.raises(TypeError, match=rf"{name} must be a (whole )?number, got {re.escape(repr(bad))}"):
+            SparsityTarget(self.optimizer(), **({"total_steps": 100} | {name: bad}))
+
+    def test_numpys_numbers_are_numbers_and_a_checkpoint_loads_safely(self):
+        optimizer = self.optimizer()
+        target = SparsityTarget(
+            optimizer, np.float64(0.5), np.int64(5), every=np.int32(1), lr_exponent=np.float64(0.5), end=np.float32(0.5)
+        )
+        schedule = StrengthSchedule(self.optimizer(), np.int64(5), warmup=np.int64(1), final=np.float64(0.1))
+        optimizer.param_groups[0]["params"][0].grad = torch.ones_like(optimizer.param_groups[0]["params"][0])
+        optimizer.step()
+        target.step(np.float64(1.0))
+        target.step(np.array([1.0]))
+        schedule.step()
+        for part in (optimizer, target, schedule):
+            assert repr(through_file(part.state_dict())) == repr(part.state_dict())
+
     @pytest.mark.parametrize("wrap", [lambda base: base, L2Decay])
     def test_nothing_to_drive_names_the_way_out(self, wrap):
         with pytest.raises(ValueError, match='form="per_unit"'):
@@ -60,11 +84,23 @@ class TestRefusals:
             target.step()
         assert target.steps == 0
 
-    def test_a_loss_of_several_numbers(self):
+    @pytest.mark.parametrize(
+        ("loss", "error", "message"),
+        [
+            (torch.ones(3), ValueError, "one number"),
+            (np.ones(2), ValueError, "one number"),
+            (torch.tensor(1 + 2j), TypeError, "real number"),
+            (1 + 2j, TypeError, r"real number .*\(1\+2j\)"),
+            ("x", TypeError, "'x'"),
+            ([1.0], TypeError, r"\[1.0\]"),
+        ],
+    )
+    def test_a_loss_that_is_not_one_real_number(self, loss, error, message):
         target = SparsityTarget(self.optimizer(), total_steps=100)
-        with pytest.raises(ValueError, match="one number"):
-            target.step(torch.ones(3))
+        with pytest.raises(error, match=message):
+            target.step(loss)
         assert target.steps == 0
+        target.step(1.0)  # nothing of it stays behind
 
     def test_a_refused_target_leaves_the_groups_as_they_were(self):
         optimizer = self.optimizer()
@@ -111,6 +147,24 @@ class TestStrengthSchedule:
             first[1].step()
             second[1].step()
         assert first[1].strengths() == second[1].strengths()
+
+    @pytest.mark.parametrize("options", [{"warmup": 2.5}, {"warmup": True}, {"warmup": None}, {"final": None}])
+    def test_what_is_no_number(self, options):
+        optimizer = WCR(BASES["sgd"](student().parameters()), 1.0)
+        with pytest.raises(TypeError, match=f"{next(iter(options))} must be"):
+            StrengthSchedule(optimizer, 100, **options)
+
+    def test_a_state_of_more_groups_is_refused_and_changes_nothing(self):
+        def schedule(groups):
+            return StrengthSchedule(WCR(BASES["sgd"]([{"params": [w]} for w in groups]), 1.0), 10, warmup=5)
+
+        saved = schedule(torch.ones(2, 4, 4)).state_dict() | {"steps": 3}
+        other = schedule(torch.ones(1, 4, 4))
+        with pytest.raises(ValueError, match="2 parameter groups, and the optimizer has 1"):
+            other.load_state_dict(saved)
+        assert other.steps == 0
+        other.step()
+        assert other.strengths() == [0.2]
 
     @pytest.mark.parametrize(
         "options", [{"warmup": -1}, {"warmup": 101}, {"shape": "zigzag"}, {"final": -1.0}, {"total_steps": 0}]

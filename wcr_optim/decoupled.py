@@ -215,6 +215,9 @@ class Decoupled(OptimizerWrapper):
         where = f"param_groups[{index}]"
         if "lr" not in group:
             raise ValueError(f"{where} has no 'lr', and the penalty's step is lr * {option}; add one to the group")
+        min_ndim = group.get("min_ndim", 0)
+        if isinstance(min_ndim, bool) or not isinstance(min_ndim, int):
+            raise TypeError(f"min_ndim must be a whole number, got {min_ndim!r} in {where}")
         if isinstance(strength, Tensor):
             if strength.numel() != 1:
                 raise ValueError(
@@ -230,6 +233,12 @@ class Decoupled(OptimizerWrapper):
             raise ValueError(f"{option} must be finite and not negative, got {strength} in {where}")
         if strength == 0.0:
             return
+        _check_lr(group["lr"], where)
+        if group.get("differentiable"):
+            raise ValueError(
+                f"differentiable=True in {where}: autograd does not see the penalty's step, so gradients through "
+                f"step() would be wrong; set {option} to 0 there or differentiable to False"
+            )
         params = [group["params"]] if isinstance(group["params"], Tensor) else group["params"]
         for p in params:
             w = p[1] if isinstance(p, tuple) else p  # torch takes (name, parameter) pairs too
@@ -367,6 +376,18 @@ def concentration_penalty(form: str, eps: float, max_growth: float) -> Penalty:
     raise ValueError(
         f"unknown form {form!r}; choose 'inverse_variance' (the preprint's), 'scale_free', 'per_unit' or 'relative'"
     )
+
+
+def _check_lr(lr: Any, where: str) -> None:
+    if isinstance(lr, Tensor) and (lr.device.type != "cpu" or torch.compiler.is_compiling()):
+        return  # reading it would wait for its device, or break the graph
+    if isinstance(lr, bool) or not isinstance(lr, (int, float, Tensor)):
+        raise TypeError(f"lr must be a number, got {lr!r} in {where}")
+    if not 0.0 <= float(lr) < math.inf:
+        raise ValueError(
+            f"lr must be finite and not negative where a penalty acts, got {float(lr)} in {where}; a scheduler that is "
+            f"stepped beyond its end can do that"
+        )
 
 
 def _check_weight(w: Tensor, where: str) -> None:

@@ -23,6 +23,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from wcr_optim.checks import check_number
 from wcr_optim.moments import Moments
 
 # Below this share of q, V = q - mu^2 is rounding noise of float32 sums: the magnitudes are all the same, and nothing
@@ -95,7 +96,7 @@ class InverseVariance(Penalty):
     option: ClassVar[str] = "weight_concentration"
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.eps < math.inf:
+        if not 0.0 <= check_number("eps", self.eps) < math.inf:
             raise ValueError(f"eps must be finite and not negative, got {self.eps!r}")
         _check_max_growth(self.max_growth)
 
@@ -290,7 +291,7 @@ class L2(Penalty):
 
 
 def _check_max_growth(max_growth: float) -> None:
-    if not max_growth > 0.0:
+    if not check_number("max_growth", max_growth) > 0.0:
         raise ValueError(f"max_growth must be positive, got {max_growth!r}; 0.1 lets a weight grow by 10 % a step")
 
 

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from numbers import Integral
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from wcr_optim.checks import check_number, check_whole
 from wcr_optim.decoupled import Decoupled
+from wcr_optim.layout import local
 from wcr_optim.penalties import L2
 from wcr_optim.wrapper import OptimizerWrapper
 
@@ -33,6 +38,7 @@ class Strengths:
 
     def __init__(self, optimizer: Optimizer) -> None:
         self.decoupled = concentrating(optimizer)
+        self.chain = _outermost(optimizer)
         self.option = self.decoupled.penalty.option
         self.given = [_number(group[self.option]) for group in self.groups]
         self.reference = max(self.given)
@@ -46,6 +52,12 @@ class Strengths:
     def groups(self) -> list[dict[str, Any]]:
         """The optimizer's groups."""
         return self.decoupled.param_groups
+
+    @property
+    def device(self) -> torch.device:
+        """That of the first weight; the CPU where there is none."""
+        every = (local(w).device for group in self.groups for w in group["params"])
+        return next(every, torch.device("cpu"))
 
     def driven(self) -> list[int]:
         """Return the indices of the groups that have a strength, new ones included."""
@@ -63,6 +75,29 @@ class Strengths:
             present.fill_(strength)
         else:
             self.groups[index][self.option] = strength
+
+    def separate(self) -> None:
+        """Give each group a tensor of its own where one was given for several, which are to go different ways."""
+        seen: set[int] = set()
+        for group in self.groups:
+            present = group[self.option]
+            if isinstance(present, Tensor):
+                if id(present) in seen:
+                    group[self.option] = present.clone()
+                seen.add(id(present))
+
+    def load(self, given: Sequence[float], reference: float) -> None:
+        """Take what another object was given, that of a run to go on with.
+
+        Raises:
+            ValueError: If it had more groups than there are.
+        """
+        if len(given) > len(self.groups):
+            raise ValueError(
+                f"the state is that of {len(given)} parameter groups, and the optimizer has {len(self.groups)}; "
+                f"add the groups that are missing first"
+            )
+        self.given, self.reference = list(given), reference
 
     def values(self) -> list[float]:
         """Return every group's present strength."""
@@ -91,7 +126,7 @@ class StrengthSchedule:
         final: Factor at the end, at least 0 (default: 0.0).
 
     Raises:
-        TypeError: If the optimizer is none.
+        TypeError: If the optimizer is none or a value is no number.
         ValueError: If there is no penalty to drive or a value is bad.
     """
 
@@ -99,14 +134,14 @@ class StrengthSchedule:
         self, optimizer: Optimizer, total_steps: int, warmup: int = 0, shape: str = "constant", final: float = 0.0
     ) -> None:
         self.total_steps = check_total_steps(total_steps)
-        if not 0 <= warmup <= total_steps:
+        if not 0 <= check_whole("warmup", warmup) <= self.total_steps:
             raise ValueError(f"warmup must lie between 0 and total_steps={total_steps}, got {warmup!r}")
         if shape not in SHAPES:
             raise ValueError(f"unknown shape {shape!r}; choose one of {', '.join(map(repr, SHAPES))}")
-        if not 0.0 <= final < math.inf:
+        if not 0.0 <= check_number("final", final) < math.inf:
             raise ValueError(f"final must be a finite number of at least 0, got {final!r}")
         self._strengths = Strengths(optimizer)
-        self.warmup, self.shape, self.final = warmup, shape, final
+        self.warmup, self.shape, self.final = int(warmup), shape, float(final)
         self.steps = 0
         self._set()
 
@@ -134,10 +169,14 @@ class StrengthSchedule:
         return {"steps": self.steps, "given": list(self._strengths.given), "reference": self._strengths.reference}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from a state of `state_dict`."""
-        self.steps = state_dict["steps"]
-        self._strengths.given = list(state_dict["given"])
-        self._strengths.reference = state_dict["reference"]
+        """Go on from a state of `state_dict`.
+
+        Raises:
+            ValueError: If it had more groups than there are; nothing is changed then.
+        """
+        steps = state_dict["steps"]
+        self._strengths.load(state_dict["given"], state_dict["reference"])
+        self.steps = steps
         self._set()
 
     def _set(self) -> None:
@@ -147,13 +186,14 @@ class StrengthSchedule:
 
 def check_total_steps(total_steps: int | None) -> int:
     """Return a number of steps; raise ValueError unless it is known and positive."""
-    if isinstance(total_steps, bool) or not isinstance(total_steps, int) or total_steps < 1:
+    steps: Any = total_steps
+    if isinstance(steps, bool) or not isinstance(steps, Integral) or steps < 1:
         raise ValueError(
             f"total_steps must be the number of optimizer steps of the whole run, epochs * batches, got "
             f"{total_steps!r}; if it is not known, give the number within which the end shall be reached: what is "
             f"reached is kept for as long as training goes on"
         )
-    return total_steps
+    return int(steps)
 
 
 def concentrating(optimizer: Optimizer) -> Decoupled:
@@ -176,6 +216,13 @@ def concentrating(optimizer: Optimizer) -> Decoupled:
         f"{type(optimizer).__name__} has no decoupled penalty that could be driven or measured; wrap it: "
         f'WCR({type(optimizer).__name__}(...), form="per_unit")'
     )
+
+
+def _outermost(optimizer: Any) -> OptimizerWrapper:
+    """Return the outermost wrapper of ours, whatever has prepared it."""
+    while not isinstance(optimizer, OptimizerWrapper):
+        optimizer = optimizer.optimizer
+    return optimizer
 
 
 def _number(strength: float | Tensor) -> float:

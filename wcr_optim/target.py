@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from wcr_optim.checks import check_count, check_number
 from wcr_optim.layout import local
 from wcr_optim.moments import Moments, accumulator, moments
 from wcr_optim.penalties import InverseVariance, Penalty
@@ -154,7 +155,7 @@ class SparsityTarget:
         history: A row for each measurement: step, tail, wanted tail, largest strength, smoothed loss (NaN without one).
 
     Raises:
-        TypeError: If optimizer is no optimizer.
+        TypeError: If optimizer is no optimizer, or a value is no number.
         ValueError: If there is no penalty to drive, or a value is bad; the message names the way out.
 
     Source:
@@ -177,20 +178,21 @@ class SparsityTarget:
         every: int | None = None,
         lr_exponent: float | None = None,
     ) -> None:
-        for name, value in (("sparsity", sparsity), ("tail_energy", tail_energy)):
-            if value is not None and not 0.0 < value < 1.0:
+        for name, value in (("sparsity", sparsity), *([] if tail_energy is None else [("tail_energy", tail_energy)])):
+            if not 0.0 < check_number(name, value) < 1.0:
                 raise ValueError(f"{name} must lie between 0 and 1, both excluded, got {value!r}")
         if scope not in ("global", "layer"):
             raise ValueError(f"scope must be 'global' or 'layer', got {scope!r}")
+        start, end = check_number("start", start), check_number("end", end)
         if not 0.0 <= start < end <= 1.0:
             raise ValueError(f"start and end are shares of the run, 0 <= start < end <= 1, got {start!r} and {end!r}")
-        if every is not None and (isinstance(every, bool) or not isinstance(every, int) or every < 1):
-            raise ValueError(f"every must be a positive number of steps, got {every!r}")
-        if max_dense_cost is not None and not 0.0 < max_dense_cost < math.inf:
+        if every is not None:
+            every = check_count("every", every)
+        if max_dense_cost is not None and not 0.0 < check_number("max_dense_cost", max_dense_cost) < math.inf:
             raise ValueError(
                 f"max_dense_cost must be positive and finite, in units of the loss, got {max_dense_cost!r}"
             )
-        if lr_exponent is not None and not 0.0 <= lr_exponent <= 1.0:
+        if lr_exponent is not None and not 0.0 <= check_number("lr_exponent", lr_exponent) <= 1.0:
             raise ValueError(f"lr_exponent must lie in [0, 1], 0 to leave the lr alone, got {lr_exponent!r}")
         total_steps = check_total_steps(total_steps)
         self._strengths = Strengths(optimizer)
@@ -199,8 +201,8 @@ class SparsityTarget:
             tail_energy = PLAIN_TAIL if _follows_the_gradient(kinds) else NORMALIZED_TAIL
         self.sparsity, self.total_steps, self.tail_energy = float(sparsity), total_steps, float(tail_energy)
         self.max_dense_cost, self.scope, self.start, self.end = max_dense_cost, scope, start, end
-        self.every = every or max(1, total_steps // MEASUREMENTS)
-        self.lr_exponent = _exponent(kinds) if lr_exponent is None else lr_exponent
+        self.every = max(1, total_steps // MEASUREMENTS) if every is None else every
+        self.lr_exponent = _exponent(kinds) if lr_exponent is None else float(lr_exponent)
         self.steps = 0
         self.last_tail = math.nan
         self.history: list[list[float]] = []
@@ -244,12 +246,15 @@ class SparsityTarget:
         if loss is None and self.max_dense_cost is not None:
             raise ValueError(f"max_dense_cost={self.max_dense_cost!r} needs the training loss: call step(loss)")
         if loss is not None:
-            self._loss.add(loss, local(self._strengths.groups[0]["params"][0]).device)
+            self._loss.add(loss, self._strengths.device)
         self.steps += 1
         self._find_loops()
-        started = all(loop.lr_peak > 0 for loop in self._loops)
-        if not started or self.steps % self.every == 0 or self.steps == self.total_steps:
-            self._control()
+        for loop in self._loops:
+            self._keep_step_length(loop)
+        begins = not self.history or any(self._begins(loop) for loop in self._loops)
+        if begins or self.steps % self.every == 0 or self.steps == self.total_steps:
+            with self._strengths.chain.true_weights():  # SSAM's, in a loop without closures, are others between steps
+                self._control()
         self._ask_for_lifts()
         if self.steps == self.total_steps:
             self._warn_if_missed()
@@ -279,16 +284,24 @@ class SparsityTarget:
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Go on from a state of `state_dict`; before or after the optimizer's own is loaded."""
+        """Go on from a state of `state_dict`; before or after the optimizer's own is loaded.
+
+        Raises:
+            ValueError: If it had more groups than there are, or another scope; nothing is changed then.
+        """
         columns = state_dict["loops"]
         loops = [_Loop(**dict(zip(columns, row, strict=True))) for row in zip(*columns.values(), strict=True)]
         history, energy = [list(row) for row in state_dict["history"]], dict(state_dict["first_energy"])
         density, factors = dict(state_dict.get("first_density", ())), state_dict.get("lr_factors", ())
         steps, last_tail = state_dict["steps"], state_dict["last_tail"]
-        given, reference = list(state_dict["given"]), state_dict["reference"]
-        self._loss.load_state_dict(state_dict["loss"])
-        self.steps, self.last_tail = steps, last_tail
-        self._strengths.given, self._strengths.reference = given, reference
+        several = len(loops) > 1 if self.scope == "global" else any(len(loop.groups) > 1 for loop in loops)
+        if several:
+            other = "layer" if self.scope == "global" else "global"
+            raise ValueError(f"the state is that of scope={other!r}, and this object has scope={self.scope!r}")
+        loss = LossTrend()
+        loss.load_state_dict(state_dict["loss"])
+        self._strengths.load(state_dict["given"], state_dict["reference"])
+        self._loss, self.steps, self.last_tail = loss, steps, last_tail
         self._loops, self._first_energy, self.history = loops, energy, history
         self._first_density = density
         for loop in self._loops:
@@ -303,12 +316,35 @@ class SparsityTarget:
         known = {index for loop in self._loops for index in loop.groups}
         new = [index for index in self._strengths.driven() if index not in known]
         if self.scope == "layer":
+            self._strengths.separate()
             self._loops += [_Loop([index]) for index in new]
         elif not self._loops:
             self._loops = [_Loop(new)]
         elif new:
             self._loops[0].groups += new
             self._set(self._loops[0])
+
+    def _begins(self, loop: _Loop) -> bool:
+        """Whether a loop waits for a first positive lr, has it by now, and was not measured in vain since."""
+        return loop.lr_peak == 0.0 and not loop.obstacle and self._lr(loop) != 0.0
+
+    def _lr(self, loop: _Loop) -> float:
+        """Return the largest lr of a loop's groups; NaN where reading it would wait for a device."""
+        rates = [self._strengths.groups[index]["lr"] for index in loop.groups]
+        if any(isinstance(lr, Tensor) and lr.device.type != "cpu" for lr in rates):
+            return math.nan
+        return max(map(float, rates))
+
+    def _keep_step_length(self, loop: _Loop, lr: float | None = None) -> None:
+        """Where lr rises above what it has been, in a warm-up, keep lr * level instead of letting it grow with lr."""
+        lr = self._lr(loop) if lr is None else lr
+        if loop.lr_peak > 0.0 and lr > loop.lr_peak:
+            shrunk = loop.lr_peak / lr
+            loop.level, loop.first_level, loop.ceiling = (
+                x * shrunk for x in (loop.level, loop.first_level, loop.ceiling)
+            )
+            loop.lr_peak = lr
+            self._set(loop)
 
     def _set(self, loop: _Loop) -> None:
         if math.isfinite(loop.level):
@@ -382,6 +418,8 @@ class SparsityTarget:
         ):
             lr = max(float(self._strengths.groups[index]["lr"]) for index in loop.groups)
             if not (math.isfinite(energies[1]) and energies[1] > 0.0 and lr >= 0.0):
+                if loop.lr_peak == 0.0 and lr > 0.0:
+                    loop.obstacle = "there were no weights to drive, or none that were finite and not all zero"
                 continue  # an overflow under way, or nothing to prune: no reason to move
             pruned, total = pruned + energies[0], total + energies[1]
             loop.tail = energies[0] / energies[1]
@@ -397,7 +435,8 @@ class SparsityTarget:
             self._set(loop)
         if total > 0.0:
             self.last_tail = pruned / total
-        wanted = self.path(self._loops[0].first_tail) if self._loops[0].first_tail > 0 else math.nan
+        begun = [loop.first_tail for loop in self._loops if loop.first_tail > 0]
+        wanted = self.path(begun[0]) if begun else math.nan
         self.history.append([self.steps, self.last_tail, wanted, max(self.strengths()), self._loss.smooth])
 
     def _shares(self, groups: Sequence[int], lr: float) -> Tensor:
@@ -422,16 +461,13 @@ class SparsityTarget:
             pull = _effect(self._penalty, layers, math.exp(middle) * shares).pull
             low, high = (middle, high) if pull < wanted else (low, middle)
         loop.level = loop.first_level = math.exp(low) / lr
-        loop.lr_peak = lr
+        loop.lr_peak, loop.obstacle = lr, ""
 
     def _follow(
         self, loop: _Loop, layers: Moments, shares: Tensor, lr: float, names: Sequence[str], cost: float
     ) -> None:
         """Move the level towards what brings the tail onto its path."""
-        if lr > loop.lr_peak:  # a warm-up: the step length lr * level stays, instead of growing with lr
-            shrunk = loop.lr_peak / lr
-            loop.level, loop.first_level, loop.lr_peak = loop.level * shrunk, loop.first_level * shrunk, lr
-            loop.ceiling *= shrunk
+        self._keep_step_length(loop, lr)
         excess = math.log(max(loop.tail, 1e-30) / self.path(loop.first_tail))
         error = min(max(excess, -MAX_ERROR), MAX_ERROR)
         change = PROPORTIONAL * (error - loop.error) + INTEGRAL * error
@@ -509,11 +545,13 @@ class SparsityTarget:
         return _Measurement(of_loops, of_layers, float(numbers[0]))
 
     def _warn_if_missed(self) -> None:
-        missed = [loop for loop in self._loops if not loop.tail <= 1.5 * self.tail_energy]
+        measured = [loop for loop in self._loops if not math.isnan(loop.tail)] or self._loops
+        missed = [loop for loop in measured if not loop.tail <= 1.5 * self.tail_energy]
         if not missed:
             return
         worst = max(missed, key=lambda loop: loop.tail)
-        why = worst.obstacle or "the run was too short for the strength to get there"
+        short = "the run was too short for the strength to get there"
+        why = worst.obstacle or (short if worst.lr_peak > 0.0 else "its learning rate was 0 at every measurement")
         warnings.warn(
             f"pruning at sparsity {self.sparsity:g} would still take {worst.tail:.3g} of the weights' energy, wanted "
             f"{self.tail_energy:g}: {why}. Ask for less sparsity, train longer, allow more dense cost, or drive "

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from numbers import Real
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -47,12 +49,21 @@ class LossTrend:
             device: Where ranks exchange it, the weights' device; None is the CPU (default: None).
 
         Raises:
-            ValueError: If it is not one number.
+            TypeError: If it is no real number.
+            ValueError: If it is several.
         """
+        if isinstance(loss, np.ndarray):
+            loss = torch.from_numpy(loss)
         if isinstance(loss, Tensor):
             if loss.numel() != 1:
                 raise ValueError(f"loss must be one number, got a tensor of shape {tuple(loss.shape)}; reduce it first")
+            if loss.is_complex():
+                raise TypeError(f"loss must be a real number, got a tensor of {loss.dtype}; reduce it first")
             loss = loss.detach().reshape(()).to(accumulator(loss.device))
+        elif isinstance(loss, Real):
+            loss = float(loss)
+        else:
+            raise TypeError(f"loss must be a real number or a tensor of one, got {loss!r}")
         self._sum = self._sum + _over_ranks(loss, device or torch.device("cpu"))
         self._count += 1
 

@@ -20,6 +20,10 @@ LR_FACTOR = "base_lr_factor"
 """Key of a group whose weights the base is to update with lr * base_lr_factor; all others see lr alone."""
 
 
+DECAYS_BY_LR = ("AdamW", "Muon", "Adafactor", "Lion")
+"""In the names of optimizers whose weight decay is a step of lr * weight_decay of its own, whatever the gradient."""
+
+
 def already_gathered() -> None:
     """Closure with which a wrapper steps the wrapper below it: the gradients are in place, only update.
 
@@ -82,9 +86,10 @@ class OptimizerWrapper(Optimizer):
         options = {option: _plain(value) for option, value in options.items()}
         for index, group in enumerate(base.param_groups):
             self._check_group({key: _plain(value) for key, value in {**options, **group}.items()}, index)
-        # As defaults of the base they reach groups that are added to the base behind our back.
-        base.defaults.update(options)
-        self._fill_options()
+        # As defaults of the base they reach groups that are added to the base behind our back. A tensor is the groups'
+        # to write: the default stays what was given.
+        base.defaults.update((option, _copy(value)) for option, value in options.items())
+        self._fill_options([options] * len(base.param_groups))
         # A base whose step cannot go without a closure evaluates it as often as it likes, at weights of its choosing.
         closure = inspect.signature(type(base).step).parameters.get("closure")
         self._base_runs_closure = closure is not None and closure.default is inspect.Parameter.empty
@@ -205,7 +210,8 @@ class OptimizerWrapper(Optimizer):
 
     def _decays_by_lr(self, group: Mapping[str, Any]) -> bool:
         """Return whether the base's weight decay is a step of lr * weight_decay of its own, as AdamW's."""
-        return bool(group.get("decoupled_weight_decay", isinstance(self.base, torch.optim.AdamW)))
+        known = any(name in kind.__name__ for kind in type(self.base).__mro__ for name in DECAYS_BY_LR)
+        return bool(group.get("decoupled_weight_decay", known))
 
     def first_step(self, zero_grad: bool = False) -> bool:
         """Move to the weights of the second pass, where an optimizer below takes two (SAM, SparseSAM, CrAM).
@@ -284,6 +290,7 @@ class OptimizerWrapper(Optimizer):
         """Return the base's state_dict, the options in its groups included."""
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
+        self._fill_options()  # a numpy scalar put into a group since the last step would not load again
         state_dict = self.base.state_dict()
         for post_hook in self._optimizer_state_dict_post_hooks.values():
             replaced = post_hook(self, state_dict)
@@ -376,7 +383,7 @@ class OptimizerWrapper(Optimizer):
         for index, group in enumerate(self.param_groups):
             values = present[index] if present else {}
             for key, value in {**defaults, **values}.items():
-                group[key] = _plain(group.get(key, value))
+                group[key] = _plain(group[key] if key in group else value if key in values else _copy(value))
             for key in self.group_keys:
                 if key in group:
                     group[key] = _plain(group[key])
@@ -385,6 +392,10 @@ class OptimizerWrapper(Optimizer):
 def _plain(value: Any) -> Any:
     """Turn a numpy scalar, as a search over np.logspace gives, into the number that a safe checkpoint can hold."""
     return value.item() if isinstance(value, np.generic) else value
+
+
+def _copy(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else value
 
 
 def _is_one(factor: float | Tensor) -> bool:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
-from lightning_nets import BATCHES, FILTERS, Net, cosine, fit, plain
+from lightning_nets import BATCHES, FILTERS, Net, cosine, fit, plain, trainer, val_loader
 from reference import assert_same, small_batch
 
 import wcr_optim
@@ -219,6 +219,24 @@ def test_resume_is_bit_exact(name, tmp_path):
     assert_same(straight.net, resumed.net)
     if name == "target":
         assert straight_callbacks[0].target.state_dict() == resumed_callbacks[0].target.state_dict()
+
+
+@pytest.mark.parametrize("used", [True, False])
+def test_a_checkpoint_that_was_tested_is_not_what_the_next_run_goes_on_with(used, tmp_path):
+    class Tested(Net):
+        def test_step(self, batch, batch_idx):
+            self.log("test_loss", self.loss(batch))
+
+    def callback():
+        return SparsityTargetCallback(0.6, 2 * BATCHES, every=2, tail_energy=0.1)
+
+    first, again, fresh = callback(), callback(), callback()
+    fit(Net(driven), first, Saved(tmp_path / "mid.ckpt", 3))
+    again = first if used else again
+    trainer(again).test(Tested(driven), val_loader(), ckpt_path=tmp_path / "mid.ckpt", weights_only=True)
+    fit(Net(driven), again)
+    fit(Net(driven), fresh)
+    assert again.target.state_dict() == fresh.target.state_dict()
 
 
 def test_a_state_between_two_steps_is_complete(tmp_path):

@@ -10,13 +10,13 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from wcr_optim.checks import check_count
 from wcr_optim.metrics import optimizer_concentration
 from wcr_optim.parameters import Selector
 from wcr_optim.pruning import applied, magnitude_masks, recalibrate_batchnorm
 from wcr_optim.pruning.batchnorm import statistics_restored
 from wcr_optim.pruning.search import check_sparsity
 from wcr_optim.pruning.threshold import Scope
-from wcr_optim.sharpness.checks import check_count
 from wcr_optim.target import SparsityTarget
 
 __all__ = ["check_count", "check_sparsities", "concentration_values", "metric_at", "pruned", "target_values"]

@@ -87,11 +87,12 @@ class SparsityTargetCallback(Callback):
         steps = None if total == math.inf else int(total)  # None: SparsityTarget has the words for it
         optimizer = trainer.optimizers[self.optimizer]
         self.target = SparsityTarget(optimizer, self.sparsity, steps, **self.options)
-        if self._loaded is not None:
+        # A run that begins has nothing to go on with: what was loaded then came with a checkpoint to test or validate.
+        if self._loaded is not None and trainer.global_step > 0:
             self.target.load_state_dict(self._loaded)
-            self._loaded = None
         else:
             self._loss, self._batches = 0.0, 0  # of an accumulation in which an earlier run ended
+        self._loaded = None
         self._steps, self._global_step = 0, trainer.global_step
         self._logged = len(self.target.history)
         self._hook = optimizer.register_step_post_hook(self._note_step)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from numbers import Integral, Real
+from numbers import Real
 from typing import Any
 
 from torch import Tensor, nn
@@ -81,24 +81,6 @@ def refuse_complex(what: str, group: Mapping[str, Any], index: int) -> None:
                 f"{what} ranks real numbers, and param_groups[{index}] has a {p.dtype} parameter of shape "
                 f"{tuple(p.shape)}: keep it in an optimizer of its own, or as torch.view_as_real"
             )
-
-
-def check_share(name: str, share: Any) -> float:
-    """Return a share of all weights as a float in [0, 1]."""
-    if isinstance(share, bool) or not isinstance(share, Real):
-        raise TypeError(f"{name} must be a number, got {share!r}")
-    if not 0.0 <= float(share) <= 1.0:
-        raise ValueError(f"{name} must lie in [0, 1], got {share!r}")
-    return float(share)
-
-
-def check_count(name: str, count: Any) -> int:
-    """Return a positive whole number."""
-    if isinstance(count, bool) or not isinstance(count, Integral):
-        raise TypeError(f"{name} must be a whole number, got {count!r}")
-    if count < 1:
-        raise ValueError(f"{name} must be at least 1, got {count!r}")
-    return int(count)
 
 
 def with_gradient(group: Mapping[str, Any]) -> list[Tensor]:

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
+from wcr_optim.checks import check_count, check_share
 from wcr_optim.layout import local
 from wcr_optim.pruning.shards import common_mesh, find_sharded_cuts
 from wcr_optim.pruning.threshold import keep_masks
-from wcr_optim.sharpness.checks import check_count, check_share, gradients, refuse_complex
+from wcr_optim.sharpness.checks import gradients, refuse_complex
 from wcr_optim.sharpness.memory import add_, copies
 from wcr_optim.sharpness.two_pass import SecondPass, TwoPass
 

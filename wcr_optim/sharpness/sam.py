@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
+from wcr_optim.checks import check_count
 from wcr_optim.layout import local
-from wcr_optim.sharpness.checks import check_count, gradients
+from wcr_optim.sharpness.checks import gradients
 from wcr_optim.sharpness.memory import add_, global_norm
 from wcr_optim.sharpness.two_pass import TwoPass
 

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
+from wcr_optim.checks import check_count, check_share
 from wcr_optim.layout import local
 from wcr_optim.pruning.threshold import keep_masks, pruned_count
-from wcr_optim.sharpness.checks import check_count, check_keeps_state, check_share, refuse_complex
+from wcr_optim.sharpness.checks import check_keeps_state, refuse_complex
 from wcr_optim.sharpness.guards import RunningStatistics
 from wcr_optim.sharpness.slots import Slot
 from wcr_optim.sharpness.two_pass import TwoPass
