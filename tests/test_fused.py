@@ -450,3 +450,39 @@ def test_auto_is_torchs_own_kernel_on_a_small_network_on_the_cpu(monkeypatch):
     monkeypatch.setattr(compiled, "adamw_", lambda *_, **__: pytest.fail("compiled"))
     net = small_net()
     train(net, AdamW(net.parameters(), weight_concentration=0.1, fused=True), range(3))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("options", [{}, {"momentum": 0.9}, {"momentum": 0.9, "nesterov": True, "weight_decay": 0.1}])
+@pytest.mark.parametrize("strength", [0.0, 0.1])
+def test_low_precision_sgd_on_the_cpu_is_torchs_plain_one_where_torchs_fused_one_is_wrong(dtype, options, strength):
+    """Torch 2.13's leaves whole vectors of such weights as they are; sizes below and above one, and no multiple."""
+    nets = small_net(dtype), small_net(dtype)
+    opts = [
+        make(SGD, net, "eager", **options, fused=is_fused, lr=0.1, weight_concentration=strength)
+        for net, is_fused in zip(nets, (True, False), strict=True)
+    ]
+    before = weights(nets[0])
+    for net, opt in zip(nets, opts, strict=True):
+        steps(net, opt, range(5))
+    assert all(torch.equal(a, b) for a, b in zip(weights(nets[0]), weights(nets[1]), strict=True))
+    assert all((a != b).float().mean() > 0.5 for a, b in zip(weights(nets[0]), before, strict=True))
+    states = [through_file(opt.state_dict())["state"] for opt in opts]
+    assert repr(states[0]) == repr(states[1])
+
+
+@pytest.mark.parametrize("overflow", [False, True])
+def test_low_precision_sgd_on_the_cpu_takes_a_gradscalers_work(overflow):
+    nets = small_net(torch.bfloat16), small_net(torch.bfloat16)
+    for net, is_fused in zip(nets, (True, False), strict=True):
+        opt = make(SGD, net, "eager", fused=is_fused, momentum=0.9, lr=0.1)
+        scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+        for step in range(3):
+            gradients(net, opt, step)
+            for p in net.parameters():
+                p.grad *= scaler.scale(torch.ones(())).item()
+            if overflow and step == 1:
+                next(net.parameters()).grad[0, 0] = math.inf
+            scaler.step(opt)
+            scaler.update()
+    assert all(torch.equal(a, b) for a, b in zip(weights(nets[0]), weights(nets[1]), strict=True))

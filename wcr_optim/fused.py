@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim import optimizer as torch_optimizer
+from torch.optim.sgd import sgd
 
 from wcr_optim import backends
 from wcr_optim.layout import as_dtensor, has_address, is_dense, local, stamp
@@ -166,7 +167,36 @@ class FusedAdamW(FusedUpdate, torch.optim.AdamW):
 
 
 class FusedSGD(FusedUpdate, torch.optim.SGD):
-    """torch.optim.SGD, its state and its options, see `FusedUpdate`."""
+    """torch.optim.SGD, its state and its options, see `FusedUpdate`.
+
+    Where torch's own fused kernel would update bfloat16 or float16 weights on the CPU, its plain one does: up to torch
+    2.13 the fused one skips whole vectors of them and takes garbage for their momentum (pytorch/pytorch#191763).
+    """
+
+    def _init_group(self, group: dict[str, Any], *arguments: Any) -> Any:
+        result = super()._init_group(group, *arguments)
+        params, grads, buffers = arguments
+        index = [i for i, w in enumerate(params) if local(w).device.type == "cpu" and w.element_size() < 4]
+        if group["fused"] and index:
+            own = [[stream[i] for i in index] if stream else [] for stream in arguments]
+            self._update_plainly(group, *own)
+            for stream in (params, grads, buffers):
+                stream[:] = [x for i, x in enumerate(stream) if i not in set(index)]
+        return result
+
+    def _update_plainly(
+        self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor], buffers: list[Tensor | None]
+    ) -> None:
+        # A GradScaler leaves its work to optimizers that say they are fused.
+        found_inf, scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
+        if found_inf is not None and found_inf.item():
+            return
+        if scale is not None:
+            torch._foreach_div_(grads, scale.to(grads[0].device))
+        options = {key: group[key] for key in ("weight_decay", "momentum", "lr", "dampening", "nesterov", "maximize")}
+        sgd(params, grads, buffers, **options, has_sparse_grad=any(g.is_sparse for g in grads), foreach=False)
+        for w, buffer in zip(params, buffers, strict=False):
+            self.state[w]["momentum_buffer"] = buffer
 
     def _streams(self, w: Tensor, group: dict[str, Any]) -> list[Tensor] | None:
         if w.grad is None or isinstance(group["weight_decay"], Tensor):
