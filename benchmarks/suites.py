@@ -4,8 +4,9 @@
     python -m benchmarks vision --full
     python -m benchmarks language --methods adamw,adamw+wcr,adamw+target --seeds 3
 
-Every strength (and rho) is searched on the validation split from the same number of runs; what it chooses is run anew
-from several seeds and measured on the test split. Rows are added to OUTPUT/SUITE.csv as runs end, and runs that the
+Every strength (and rho) is searched on the validation split from the same number of runs, and from more where the
+largest strength turns out the best, but for --quick; what it chooses is run anew from several seeds and measured on the
+test split. Rows are added to OUTPUT/SUITE.csv as runs end, and runs that the
 file holds are not repeated, so a killed command continues where it stopped.
 """
 
@@ -48,6 +49,13 @@ def main(suite: str, argv: Sequence[str] | None = None) -> int:
             print(f"{task}: strengths, on the validation split", flush=True)
             trials = tuning.searches(task, searched, o.strengths, [0], **common)
             runner.run_missing(work, trials, steps_of, results, o.jobs, ready)
+            while not o.quick:
+                rows = tuning.of_run(results.read(), lengths, o.options)
+                trials = tuning.beyond(task, searched, o.strengths, rows, [0], steps)
+                if not trials:
+                    break
+                print(f"{task}: searches that go on, as their best strength was their largest", flush=True)
+                runner.run_missing(work, trials, steps_of, results, o.jobs, ready)
         if o.split == "validation":
             told = [method for method in methods if Method.of(method).has_goal]
             trials = tuning.searches(task, told, 1, range(o.seeds), **common)

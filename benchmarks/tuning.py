@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -41,8 +42,15 @@ RHOS = (0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 4.0)
 Rows = Sequence[Mapping[str, str]]
 
 
-def grid(task: str, method: str, count: int) -> list[tuple[float, float]]:
-    """Return pairs of strength and rho to search, `count` of them; one pair where nothing is searched."""
+def grid(task: str, method: str, count: int, *, beyond: bool = False) -> list[tuple[float, float]]:
+    """Return pairs of strength and rho to search; one pair where nothing is searched.
+
+    Args:
+        task: Name of the task.
+        method: Name of the method.
+        count: How many.
+        beyond: Strengths of as many decades again above these, too (default: False)
+    """
     parts = Method.of(method)
     rho = RHO.get(parts.sharpness or "", 0.0)
     if parts.searched == "strength":
@@ -53,7 +61,8 @@ def grid(task: str, method: str, count: int) -> list[tuple[float, float]]:
         if penalty.endswith("_in_loss"):
             lowest /= 10  # momentum adds up ten steps of it
         between = max(count - 1, 1)
-        return [(float(f"{lowest * 10 ** (DECADES * k / between):.3g}"), rho) for k in range(count)]
+        number = 2 * count - 1 if beyond else count
+        return [(float(f"{lowest * 10 ** (DECADES * k / between):.3g}"), rho) for k in range(number)]
     if parts.searched == "rho":
         between = max(count - 1, 1)
         chosen = sorted({round(k * (len(RHOS) - 1) / between) for k in range(count)}) if count > 1 else [5]
@@ -74,6 +83,38 @@ def searches(
                     trials.append(
                         Trial(task, method, seed, strength, rho, goal, _options(method, options), steps=steps)
                     )
+    return trials
+
+
+def beyond(
+    task: str, methods: Iterable[str], count: int, rows: Rows, seeds: Iterable[int], steps: int = 0
+) -> list[Trial]:
+    """List the runs by which searches go on whose best strength is the largest tried: one step of their grid further.
+
+    Below a grid a penalty does next to nothing, so no search goes on there.
+
+    Args:
+        task: Name of the task.
+        methods: Names of methods.
+        count: Strengths of a grid, see `grid`.
+        rows: Of results.
+        seeds: Of the runs.
+        steps: Of the runs, as `Trial.steps` has them (default: 0)
+
+    Returns:
+        None where every search is over, at the latest as many decades beyond its grid as there are in it.
+    """
+    trials = []
+    for method in methods:
+        if Method.of(method).searched != "strength":
+            continue
+        known = (task, method, "validation", "")  # runs that diverged among them: beyond those nothing is to be found
+        own = [row for row in rows if (row["task"], row["method"], row["split"], row["options"]) == known]
+        last = max((float(row["strength"]) for row in own), default=math.inf)
+        found = [chosen(rows, task, method, goal, careful=c) for goal in tasks.task(task).goals for c in (False, True)]
+        if any(pair is not None and pair[0] == last for pair in found):
+            further = [pair for pair in grid(task, method, count, beyond=True) if pair[0] > last]
+            trials += [Trial(task, method, seed, *pair, steps=steps) for pair in further[:1] for seed in seeds]
     return trials
 
 

@@ -125,6 +125,30 @@ def test_the_validation_split_chooses_and_the_test_split_reports():
     assert all(t.split == "test" for t in trials)
 
 
+def test_a_search_whose_best_strength_is_its_largest_goes_on():
+    def further(**values):
+        tried = {float(k[1:]) / 10000: accuracies(*v) for k, v in values.items()}
+        rows = [row for strength, each in tried.items() for row in rows_of("sgd+l1", strength, each)]
+        rows += rows_of("sgd", 0.0, accuracies(98.0, 60.0))
+        return [
+            (t.strength, t.seed, t.split, t.steps)
+            for t in tuning.beyond("digits_mlp", ["sgd", "sgd+l1", "sgd+sam", "sgd+target"], 4, rows, [0, 1], 7)
+        ]
+
+    assert [s for s, _ in tuning.grid("digits_mlp", "sgd+l1", 4)] == [1e-4, 1e-3, 1e-2, 1e-1]
+    nothing, some = (98.0, 60.0), (90.0, 80.0)
+    assert further(s1=nothing, s10=nothing, s100=some, s1000=nothing) == []
+    assert further(s1=nothing, s10=nothing, s100=nothing, s1000=some) == [
+        (1.0, seed, "validation", 7) for seed in (0, 1)
+    ]
+    assert further(s1=nothing, s1000=some, s10000=some) == [], "no better"
+    assert further(s1=nothing, s1000=some, s10000=(90.0, 81.0)) == [(10.0, seed, "validation", 7) for seed in (0, 1)]
+    assert further(s1=nothing, s1000=some, s10000=(10.0, "nan")) == [], "one that diverged is beyond"
+    assert further(s100=(90.0, 90.0), s1000=(98.0, 80.0)) != [], "the best within the tolerance is the largest"
+    assert further(s1000=nothing, s1000000=some) == [], "six decades are enough"
+    assert further() == []
+
+
 def test_a_target_whose_goal_validation_chose_is_in_a_row_of_its_own():
     told = {0.9: (98.0, 97.0, 85.0), 0.95: (97.8, 97.5, 96.0), 0.98: (96.0, 97.6, 96.2)}
 
