@@ -248,6 +248,22 @@ class TestWarmUp:
         # The scheduler comes after the target, so the next step's lr is ahead by a step of the warm-up.
         assert lengths == pytest.approx([lengths[0] / 2 * (k + 2) / (k + 1) for k in range(59)])
 
+    def test_resumed_between_two_measurements(self):
+        def make():
+            net = student()
+            optimizer = WCR(torch.optim.AdamW(param_groups(net), lr=1e-3), form="per_unit")
+            schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min(1.0, (i + 1) / 60))
+            return net, optimizer, SparsityTarget(optimizer, 0.9, 6000), schedule
+
+        straight, first, second = make(), make(), make()
+        fit(*straight[:3], 70, straight[3])
+        fit(*first[:3], 20, first[3])
+        for part, state in zip(second, through_file([part.state_dict() for part in first]), strict=True):
+            part.load_state_dict(state)
+        fit(*second[:3], 50, second[3], first=20)
+        assert_same(straight[0], second[0])
+        assert repr(straight[2].state_dict()) == repr(second[2].state_dict())
+
     def test_from_a_learning_rate_of_zero(self):
         net = student()
         optimizer = WCR(torch.optim.AdamW(param_groups(net), lr=1e-3), form="per_unit")
