@@ -117,15 +117,11 @@ class FusedUpdate(Optimizer):
             index = [i for i, w in enumerate(lists[0]) if w in shrinks.row]
             if not index:
                 continue
-            own = [[stream[i] for i in index] if stream else [] for stream in lists]
+            own = _take_out(lists, index)
             layers = own[0]
             self._calls += 1
             sums = self._update(group, own, shrinks.of(layers, self._calls))
             self._known.update({w: Known(row, stamp(w)) for w, row in zip(layers, sums.unbind(), strict=True)})
-            done = set(index)
-            for stream in lists:
-                if stream:
-                    stream[:] = [x for i, x in enumerate(stream) if i not in done]
         return result
 
     def _streams(self, w: Tensor, group: dict[str, Any]) -> list[Tensor] | None:
@@ -175,13 +171,9 @@ class FusedSGD(FusedUpdate, torch.optim.SGD):
 
     def _init_group(self, group: dict[str, Any], *arguments: Any) -> Any:
         result = super()._init_group(group, *arguments)
-        params, grads, buffers = arguments
-        index = [i for i, w in enumerate(params) if local(w).device.type == "cpu" and w.element_size() < 4]
+        index = [i for i, w in enumerate(arguments[0]) if local(w).device.type == "cpu" and w.element_size() < 4]
         if group["fused"] and index:
-            own = [[stream[i] for i in index] if stream else [] for stream in arguments]
-            self._update_plainly(group, *own)
-            for stream in (params, grads, buffers):
-                stream[:] = [x for i, x in enumerate(stream) if i not in set(index)]
+            self._update_plainly(group, *_take_out(arguments, index))
         return result
 
     def _update_plainly(
@@ -218,6 +210,15 @@ class FusedSGD(FusedUpdate, torch.optim.SGD):
             maximize=group["maximize"],
             seed=shrinks.seed,
         )
+
+
+def _take_out(lists: Sequence[list[Any]], index: Sequence[int]) -> list[list[Any]]:
+    """Take the same places out of lists side by side, and return what stood there; an empty list has nothing."""
+    places = set(index)
+    own = [[stream[i] for i in index] if stream else [] for stream in lists]
+    for stream in lists:
+        stream[:] = [x for i, x in enumerate(stream) if i not in places]
+    return own
 
 
 def _alike(streams: Sequence[Tensor]) -> bool:

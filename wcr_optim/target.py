@@ -178,7 +178,8 @@ class SparsityTarget:
         every: int | None = None,
         lr_exponent: float | None = None,
     ) -> None:
-        for name, value in (("sparsity", sparsity), *([] if tail_energy is None else [("tail_energy", tail_energy)])):
+        given = {"sparsity": sparsity} | ({} if tail_energy is None else {"tail_energy": tail_energy})
+        for name, value in given.items():
             if not 0.0 < check_number(name, value) < 1.0:
                 raise ValueError(f"{name} must lie between 0 and 1, both excluded, got {value!r}")
         if scope not in ("global", "layer"):
