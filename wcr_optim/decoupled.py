@@ -127,16 +127,22 @@ class Decoupled(OptimizerWrapper):
         seed = self._next_seed(weights, chosen)
         for device, layers in weights.items():
             backend = chosen[device]
+            s = _joined(lengths[device])
             if self.penalty.per_unit:
-                self._shrink_units(layers, torch.cat(lengths[device]), seed, backend)
+                self._shrink_units(layers, s, seed, backend)
                 continue
-            gain, threshold = self.penalty.flow(self._moments(layers, backend), torch.cat(lengths[device]))
+            gain, threshold = self._flow(self._moments(layers, backend), s, backend)
             if seed is None:
                 self._shrink(layers, gain, threshold, None, backend)
                 continue
             for stream, index in random_streams(layers):
                 own = [layers[i] for i in index]
                 self._shrink(own, select(gain, index), select(threshold, index), seed + stream * STREAM, backend)
+
+    def _flow(self, moments: Moments, s: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+        if torch.compiler.is_compiling():
+            return self.penalty.flow(moments, s)
+        return backends.of_layers(backend).flow(self.penalty, moments, s)
 
     def _shrink(
         self, layers: list[Tensor], gain: Tensor, threshold: Tensor, seed: int | Tensor | None, backend: str
@@ -153,7 +159,7 @@ class Decoupled(OptimizerWrapper):
         for stream, index in random_streams(layers):
             own = [layers[i] for i in index]
             measured = unit_moments(own, backend=backend)
-            gain, threshold = self.penalty.flow(measured, spread(select(s, index), own))
+            gain, threshold = self._flow(measured, spread(select(s, index), own), backend)
             if not torch.compiler.is_compiling() and self.lift_units:
                 gain = gain * lifts(own, measured)
             own_seed = None if seed is None else seed + stream * STREAM
@@ -240,12 +246,17 @@ class Decoupled(OptimizerWrapper):
                 f"step() would be wrong; set {option} to 0 there or differentiable to False"
             )
         params = [group["params"]] if isinstance(group["params"], Tensor) else group["params"]
+        least = group.get("min_ndim", self.penalty.min_ndim)
+        devices = set()
         for p in params:
             w = p[1] if isinstance(p, tuple) else p  # torch takes (name, parameter) pairs too
-            if isinstance(w, Tensor) and w.ndim >= group.get("min_ndim", self.penalty.min_ndim):
-                _check_weight(w, f"{option} in {where}")
-                if self.backend not in ("auto", "eager"):
-                    backends.check_available(self.backend, w.device)
+            if isinstance(w, Tensor) and w.ndim >= least:
+                if w.layout != torch.strided or not w.is_floating_point():
+                    _refuse_weight(w, f"{option} in {where}")
+                devices.add(w.device)
+        if self.backend not in ("auto", "eager"):
+            for device in devices:
+                backends.check_available(self.backend, device)
 
     def _describe(self) -> str:
         return repr(self.penalty)
@@ -390,15 +401,12 @@ def _check_lr(lr: Any, where: str) -> None:
         )
 
 
-def _check_weight(w: Tensor, where: str) -> None:
-    what = "complex" if w.is_complex() else "sparse" if w.layout != torch.strided else None
-    if what is None and not w.is_floating_point():
-        what = str(w.dtype)
-    if what is not None:
-        raise TypeError(
-            f"{where} needs real, dense, floating weights, got a {what} tensor of shape {tuple(w.shape)}; "
-            f"put it into a group of its own with strength 0"
-        )
+def _refuse_weight(w: Tensor, where: str) -> None:
+    what = "complex" if w.is_complex() else "sparse" if w.layout != torch.strided else str(w.dtype)
+    raise TypeError(
+        f"{where} needs real, dense, floating weights, got a {what} tensor of shape {tuple(w.shape)}; "
+        f"put it into a group of its own with strength 0"
+    )
 
 
 def _is_zero(s: float | Tensor) -> bool:
@@ -413,6 +421,11 @@ def _repeat(s: float | Tensor, layers: int, device: torch.device) -> Tensor:
     dtype = accumulator(device)
     if isinstance(s, Tensor):
         s = s.reshape(()) if s.device.type == "cpu" else s.to(device).reshape(())
-    # A number travels in the kernel's arguments. torch.compile keeps a factor variable, where torch.full would make it
-    # a constant and each new lr a new graph.
-    return torch.ones(layers, dtype=dtype, device=device) * s
+        return torch.ones(layers, dtype=dtype, device=device) * s
+    if torch.compiler.is_compiling():  # which keeps a factor variable, and would make torch.full's number a constant
+        return torch.ones(layers, dtype=dtype, device=device) * s
+    return torch.full((layers,), s, dtype=dtype, device=device)  # the number travels in the kernel's arguments
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)

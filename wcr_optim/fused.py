@@ -23,9 +23,10 @@ from wcr_optim.uploads import select
 
 
 class Known(NamedTuple):
-    """Sums of a layer's m and m^2, shape (2,), and what shows whether anyone wrote into it since."""
+    """A row of sums of m and m^2, shape (layers, 2), and what shows whether anyone wrote into the layer since."""
 
     sums: Tensor
+    row: int
     stamp: tuple[int, ...]
 
 
@@ -70,7 +71,10 @@ class FusedUpdate(Optimizer):
 
     def sums(self, layers: Sequence[Tensor], backend: str) -> Tensor:
         """Return this rank's sums of m and m^2, shape (layers, 2), measuring those that the last step did not."""
-        rows = {w: self._known[w].sums for w in layers if self._is_known(w)}
+        known = [self._known[w] for w in layers if self._is_known(w)]
+        if len(known) == len(layers) and all(k.sums is known[0].sums for k in known):
+            return select(known[0].sums, [k.row for k in known])
+        rows = {w: self._known[w].sums[self._known[w].row] for w in layers if self._is_known(w)}
         unknown = [w for w in layers if w not in rows]
         if unknown:
             measured = measure([local(w) for w in unknown], backend)
@@ -90,8 +94,13 @@ class FusedUpdate(Optimizer):
         rows: dict[Tensor, int] = {}
         hooks = self._optimizer_step_pre_hooks or torch_optimizer._global_optimizer_pre_hooks
         if backend != "eager" and not hooks:  # a hook before the update is to see shrunk weights
-            group_of = {w: group for group in self.param_groups for w in group["params"]}
-            rows = {w: i for i, w in enumerate(layers) if self._fuses(w, group_of[w], backend)}
+            groups = [group for group in self.param_groups if self._fuses(group)]
+            group_of = {w: group for group in groups for w in group["params"]}
+            fuses = backends.implementation(backend).fuses
+            for i, w in enumerate(layers):
+                streams = self._streams(w, group_of[w]) if w in group_of else None
+                if streams is not None and _alike(streams) and fuses(local(w)):
+                    rows[w] = i
         if rows:
             self._taken.append(Shrinks(rows, gain, threshold, seed, backend))
         return [i for i, w in enumerate(layers) if w not in rows]
@@ -100,12 +109,9 @@ class FusedUpdate(Optimizer):
         """Drop what was taken over and not done: the step is over, or failed."""
         self._taken, self._calls = [], 0
 
-    def _fuses(self, w: Tensor, group: dict[str, Any], backend: str) -> bool:
-        """Return whether a layer's update can be fused with its shrink."""
-        if not group["fused"] or group["differentiable"] or getattr(self, "found_inf", None) is not None:
-            return False
-        streams = self._streams(w, group)
-        return streams is not None and _alike(streams) and backends.implementation(backend).fuses(local(w))
+    def _fuses(self, group: dict[str, Any]) -> bool:
+        """Return whether the updates of a group's layers can be fused with their shrinks."""
+        return bool(group["fused"]) and not group["differentiable"] and getattr(self, "found_inf", None) is None
 
     def _init_group(self, group: dict[str, Any], *arguments: Any) -> Any:
         """Collect what torch's step will update; layers that were taken over are updated here, and left out."""
@@ -121,7 +127,7 @@ class FusedUpdate(Optimizer):
             layers = own[0]
             self._calls += 1
             sums = self._update(group, own, shrinks.of(layers, self._calls))
-            self._known.update({w: Known(row, stamp(w)) for w, row in zip(layers, sums.unbind(), strict=True)})
+            self._known.update({w: Known(sums, row, stamp(w)) for row, w in enumerate(layers)})
         return result
 
     def _streams(self, w: Tensor, group: dict[str, Any]) -> list[Tensor] | None:
@@ -136,25 +142,25 @@ class FusedUpdate(Optimizer):
 class FusedAdamW(FusedUpdate, torch.optim.AdamW):
     """torch.optim.AdamW, its state and its options, see `FusedUpdate`."""
 
+    def _fuses(self, group: dict[str, Any]) -> bool:
+        numbers = (*group["betas"], group["weight_decay"], group["eps"])
+        return super()._fuses(group) and not group["amsgrad"] and not any(isinstance(x, Tensor) for x in numbers)
+
     def _streams(self, w: Tensor, group: dict[str, Any]) -> list[Tensor] | None:
         state = self.state.get(w)
-        numbers = (*group["betas"], group["weight_decay"], group["eps"])
-        if not state or group["amsgrad"] or w.grad is None or any(isinstance(x, Tensor) for x in numbers):
+        if not state or w.grad is None:
             return None
         return [w, w.grad, state["exp_avg"], state["exp_avg_sq"]]
 
     def _update(self, group: dict[str, Any], lists: list[list[Any]], shrinks: Shrinks) -> Tensor:
         params, grads, means, squares, _, steps = lists
         torch._foreach_add_(steps, 1)
-        gain = shrinks.gain
-        t = torch.stack(steps).to(gain.device, gain.dtype)
-        beta1, beta2 = group["betas"]
-        lr = group["lr"]
-        decay = torch.ones_like(t) - lr * group["weight_decay"]
-        coefficients = [gain, shrinks.threshold, decay, lr / (1 - beta1**t), (1 - beta2**t).rsqrt()]
+        coefficients = backends.of_layers(shrinks.backend).adamw_coefficients(
+            shrinks.gain, shrinks.threshold, steps, group["lr"], group["weight_decay"], group["betas"]
+        )
         return backends.implementation(shrinks.backend).adamw_(
             [[local(x) for x in stream] for stream in (params, grads, means, squares)],
-            torch.stack(coefficients, dim=1).float(),
+            coefficients,
             betas=group["betas"],
             eps=group["eps"],
             maximize=group["maximize"],
@@ -190,8 +196,11 @@ class FusedSGD(FusedUpdate, torch.optim.SGD):
         for w, buffer in zip(params, buffers, strict=False):
             self.state[w]["momentum_buffer"] = buffer
 
+    def _fuses(self, group: dict[str, Any]) -> bool:
+        return super()._fuses(group) and not isinstance(group["weight_decay"], Tensor)
+
     def _streams(self, w: Tensor, group: dict[str, Any]) -> list[Tensor] | None:
-        if w.grad is None or isinstance(group["weight_decay"], Tensor):
+        if w.grad is None:
             return None
         if group["momentum"] == 0:
             return [w, w.grad]
@@ -199,10 +208,12 @@ class FusedSGD(FusedUpdate, torch.optim.SGD):
         return None if buffer is None else [w, w.grad, buffer]
 
     def _update(self, group: dict[str, Any], lists: list[list[Any]], shrinks: Shrinks) -> Tensor:
-        coefficients = [shrinks.gain, shrinks.threshold, torch.ones_like(shrinks.gain) * group["lr"]]
+        coefficients = backends.of_layers(shrinks.backend).sgd_coefficients(
+            shrinks.gain, shrinks.threshold, group["lr"]
+        )
         return backends.implementation(shrinks.backend).sgd_(
             [[local(x) for x in stream] for stream in lists if stream],
-            torch.stack(coefficients, dim=1).float(),
+            coefficients,
             momentum=group["momentum"],
             dampening=group["dampening"],
             weight_decay=group["weight_decay"],
@@ -228,11 +239,12 @@ def _alike(streams: Sequence[Tensor]) -> bool:
     w = local(streams[0])
     if not is_dense(w) or not has_address(w):
         return False
+    what = (w.dtype, w.device, w.shape, w.stride())
     for stream in streams[1:]:
         sharded = as_dtensor(stream)
         x = local(stream)
         if (None if sharded is None else sharded.placements) != placements or x.layout != w.layout:
             return False
-        if not has_address(x) or (x.dtype, x.device, x.shape, x.stride()) != (w.dtype, w.device, w.shape, w.stride()):
+        if not has_address(x) or (x.dtype, x.device, x.shape, x.stride()) != what:
             return False
     return True

@@ -15,7 +15,6 @@ from __future__ import annotations
 import os
 from collections import defaultdict
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from itertools import accumulate
 from typing import Any, NamedTuple
@@ -28,7 +27,7 @@ from torch import Tensor
 from wcr_optim.layout import flat, in_memory_order
 from wcr_optim.moments import eager_sums
 from wcr_optim.shrink import eager_shrink_
-from wcr_optim.uploads import is_capturing, is_uploaded, keep, upload
+from wcr_optim.uploads import keep, on, pointers_to, upload
 
 BLOCK = 2048  # weights at a time, 8 for each of a program's threads
 WARPS = 8
@@ -373,8 +372,8 @@ def sums(parts: Sequence[Tensor]) -> Tensor:
     rest = [i for i, w in enumerate(parts) if w.dtype not in DTYPES]
     if rest:
         result[rest] = eager_sums([parts[i] for i in rest])
-    memory = [flat(w) for w in parts]  # copies, where memory has gaps, live until the kernels are launched
-    with _on(device):
+    memory = [_without_gaps(w) for w in parts]  # copies, where memory has gaps, live until the kernels are launched
+    with on(device):
         for launch in _launches([memory]):
             partial = launch.partial()
             _sum_kernel[(launch.programs,)](*launch.place, partial, launch.programs, **launch.options)
@@ -388,9 +387,9 @@ def shrink_(parts: Sequence[Tensor], gain: Tensor, threshold: Tensor, seed: int 
     rest = [i for i, w in enumerate(parts) if w.dtype not in DTYPES]
     if rest:
         eager_shrink_([parts[i] for i in rest], gain[rest], threshold[rest], None)
-    memory = [flat(w) for w in parts]
+    memory = [_without_gaps(w) for w in parts]
     live_seed = on_device(seed, device)
-    with _on(device):
+    with on(device):
         for launch in _launches([memory]):
             stochastic = seed is not None and launch.dtype in NARROW
             _shrink_kernel[(launch.programs,)](
@@ -477,7 +476,7 @@ def _fused(
     device = coefficients.device
     live_seed = on_device(seed, device)
     result = torch.zeros(len(streams[0]), 2, dtype=torch.float64, device=device)
-    with _on(device):
+    with on(device):
         for launch in _launches(streams):
             partial = launch.partial()
             kernel[(launch.programs,)](
@@ -521,7 +520,7 @@ def _launches(streams: Sequence[Sequence[Tensor]]) -> list[Launch]:
                 layers=len(index),
                 programs=sum(programs),
                 rows=upload(tuple(index), torch.int64, device),
-                pointers=_pointers(tuple([stream[i] for stream in addresses for i in index]), device),
+                pointers=pointers_to(tuple([stream[i] for stream in addresses for i in index]), device),
                 table=table,
                 layer_of=layer_of,
             )
@@ -543,14 +542,9 @@ def _table(numbers: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tens
     return keep(("table", numbers), device, table), keep(("layer_of", numbers), device, layer_of)
 
 
-def _pointers(addresses: tuple[int, ...], device: torch.device) -> Tensor:
-    if not is_capturing(device) or is_uploaded(addresses, torch.int64, device):
-        return upload(addresses, torch.int64, device)
-    # Gradients get new addresses while a graph is captured. Numbers in a kernel's arguments are part of the graph,
-    # those in the host's memory are not.
-    table = torch.zeros(len(addresses), dtype=torch.int64, device=device)
-    torch._foreach_add_(table.unbind(), list(addresses))
-    return table
+def _without_gaps(w: Tensor) -> Tensor:
+    """Return a tensor whose elements fill the memory from its address on: itself if possible."""
+    return w if w.is_contiguous() else flat(w)
 
 
 def _written(*streams: Sequence[Tensor]) -> None:
@@ -558,7 +552,3 @@ def _written(*streams: Sequence[Tensor]) -> None:
     for stream in streams:
         for w in stream:
             torch.autograd.graph.increment_version(w)
-
-
-def _on(device: torch.device) -> AbstractContextManager[Any]:
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -57,3 +59,19 @@ def is_uploaded(values: tuple[int, ...], dtype: torch.dtype, device: torch.devic
 def is_capturing(device: torch.device) -> bool:
     """Return whether operations on a device are being captured into a CUDA graph."""
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def pointers_to(addresses: tuple[int, ...], device: torch.device) -> Tensor:
+    """Return addresses on a device, for a kernel to read."""
+    if not is_capturing(device) or is_uploaded(addresses, torch.int64, device):
+        return upload(addresses, torch.int64, device)
+    # Gradients get new addresses while a graph is captured. Numbers in a kernel's arguments are part of the graph,
+    # those in the host's memory are not.
+    table = torch.zeros(len(addresses), dtype=torch.int64, device=device)
+    torch._foreach_add_(table.unbind(), list(addresses))
+    return table
+
+
+def on(device: torch.device) -> AbstractContextManager[Any]:
+    """Make a device the one that kernels are launched on, for a block."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
