@@ -3,6 +3,8 @@
 All rows of one table work on one network's weights in one process and take turns, in an order that rotates from round
 to round, so that whatever else the machine does hits all of them alike. A ratio is that of two steps of one round, its
 figure the median of the rounds. Gradients are those of one real batch. A copy of memory is timed in the same rounds.
+On CUDA a step's time is the device's, with all the step's work in its queue, as in a training that keeps it busy; what
+the call takes the host stands beside it.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from benchmarks.devices import settle
 from benchmarks.shapes import SHAPES, Shape
 from wcr_optim import SGD, WCR, AdamW, L1Decay
 from wcr_optim.moments import moments
@@ -37,6 +40,8 @@ PENALTY = InverseVariance()
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 COPIED = 256 * MIB  # bytes, more than caches hold
 PASSES = 3  # forward and backward
+AHEAD = 2e-3  # seconds at least that a CUDA device is kept waiting while the host fills its queue
+CYCLES = 2e9  # of a second at most
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 BEGIN, END = "<!-- measured on {} -->", "<!-- end -->"
 
@@ -52,6 +57,10 @@ class Row:
         step: Takes one step.
         repeats: Steps in succession, of which the last is timed. A fused optimizer knows the moments from its own step
             before, unless another row has written the weights since.
+        seconds: That the step took the device in each round.
+        called: That the call took the host.
+        peak: Bytes, see `peak_of`.
+        ahead: Seconds, see `_timed`.
     """
 
     name: str
@@ -60,7 +69,9 @@ class Row:
     step: Callable[[], Any]
     repeats: int = 1
     seconds: list[float] = field(default_factory=list)
+    called: list[float] = field(default_factory=list)
     peak: int = 0
+    ahead: float = 0.0
 
 
 @dataclass
@@ -84,12 +95,14 @@ class Result:
     copy_gb_s: float
     training: float
     batch: str
+    host_ms: float
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the measurements, print them and write them to a file."""
     options = _arguments(argv)
     torch.set_num_threads(options.threads)
+    settle(options.device)
     machine = _machine(options.device, options.threads)
     print(f"{machine}, torch {torch.__version__}, {options.rounds} rounds\n", flush=True)
     results: list[Result] = []
@@ -179,12 +192,14 @@ def _measure(shape: Shape, dtype: str, machine: str, options: argparse.Namespace
     for row in every:  # compiles, makes state, warms up
         row.step()
         row.peak = peak_of(row.step, options.device)
+        row.ahead = 2 * _timed(row.step, options.device)[1]
     for number_of_round in range(options.rounds):
         first = number_of_round % len(every)
         for row in every[first:] + every[:first]:
             for _ in range(row.repeats):
-                seconds = _timed(row.step, options.device)
+                seconds, called = _timed(row.step, options.device, row.ahead)
             row.seconds.append(seconds)
+            row.called.append(called)
         if sys.stderr.isatty():
             print(f"\r{shape.label}, {dtype}: round {number_of_round + 1} of {options.rounds}", end="", file=sys.stderr)
     if sys.stderr.isatty():
@@ -218,6 +233,7 @@ def _result(
         extra_mib=max(0, row.peak - base.peak) / MIB,
         streams=row.streams,
         bandwidth=row.streams * size / step / bandwidth,
+        host_ms=1e3 * statistics.median(row.called),
         training=(middle - 1) * statistics.median(base.seconds) / (passes + statistics.median(base.seconds)),
     )
 
@@ -234,17 +250,31 @@ def _forward_and_backward(model: nn.Module, shape: Shape, device: str) -> float:
         model(**batch).loss.backward()
 
     passes()
-    return statistics.median(_timed(passes, device) for _ in range(PASSES))
+    return statistics.median(_timed(passes, device)[0] for _ in range(PASSES))
 
 
-def _timed(step: Callable[[], Any], device: str) -> float:
-    if device == "cuda":
-        torch.cuda.synchronize()
+def _timed(step: Callable[[], Any], device: str, ahead: float = 0.0) -> tuple[float, float]:
+    """Return the seconds that a step takes the device, and those that the call takes the host.
+
+    Args:
+        step: Takes the step.
+        device: Where.
+        ahead: Seconds that a CUDA device waits at least before it starts, so that no launch comes too late for it.
+    """
+    if device != "cuda":
+        start = time.perf_counter()
+        step()
+        return (time.perf_counter() - start,) * 2
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    torch.cuda._sleep(int(max(ahead, AHEAD) * CYCLES))
+    begin.record()
     start = time.perf_counter()
     step()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
+    called = time.perf_counter() - start
+    end.record()
+    torch.cuda.synchronize()
+    return begin.elapsed_time(end) / 1e3, called
 
 
 def peak_of(step: Callable[[], Any], device: str) -> int:
@@ -291,19 +321,28 @@ def markdown(results: Sequence[Result]) -> str:
     text = f"Measured on {results[0].machine}, torch {results[0].torch}.\n\n"
     for model, dtype in dict.fromkeys((r.model, r.dtype) for r in results):
         table = [r for r in results if (r.model, r.dtype) == (model, dtype)]
-        text += f"**{_title(table[0])}**\n\n| {' | '.join(HEADER)} |\n|{'---|' * len(HEADER)}\n"
+        header = _header(table[0])
+        text += f"**{_title(table[0])}**\n\n| {' | '.join(header)} |\n|{'---|' * len(header)}\n"
         text += "".join(f"| {' | '.join(_cells(r))} |\n" for r in table) + "\n"
     return text
 
 
-HEADER = ("step", "ms", "x base", "quartiles", "of training", "extra MiB", "streams", "bandwidth")
+def _header(r: Result) -> list[str]:
+    names = ["step", "ms", "x base", "quartiles", "of training", "extra MiB", "streams", "bandwidth"]
+    return [*names, "host ms"] if _is_queued(r) else names
+
+
+def _is_queued(r: Result) -> bool:
+    """Say whether the host only fills a device's queue."""
+    return r.host_ms != r.step_ms
 
 
 def _cells(r: Result) -> list[str]:
     compared = [f"{r.ratio:.2f}", f"{r.ratio_low:.2f}-{r.ratio_high:.2f}", f"{r.training:+.1%}", f"{r.extra_mib:.1f}"]
     if r.method == r.base:
         compared = ["1", "", "", ""]
-    return [r.method, f"{r.step_ms:.1f}", *compared, str(r.streams), f"{r.bandwidth:.0%}"]
+    cells = [r.method, f"{r.step_ms:.{2 if _is_queued(r) else 1}f}", *compared, str(r.streams), f"{r.bandwidth:.0%}"]
+    return [*cells, f"{r.host_ms:.2f}"] if _is_queued(r) else cells
 
 
 def _title(r: Result) -> str:
@@ -311,7 +350,7 @@ def _title(r: Result) -> str:
 
 
 def _text(table: Sequence[Result]) -> str:
-    return f"{_title(table[0])}\n{aligned([HEADER, *map(_cells, table)], rules=(1,))}\n"
+    return f"{_title(table[0])}\n{aligned([_header(table[0]), *map(_cells, table)], rules=(1,))}\n"
 
 
 def _machine(device: str, threads: int) -> str:

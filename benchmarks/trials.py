@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from benchmarks import tasks
 from benchmarks.curvature import largest_eigenvalue
+from benchmarks.devices import settle
 from benchmarks.methods import Method
 from benchmarks.tasks import SPARSITIES, Task
 from wcr_optim import pruning
@@ -120,6 +121,7 @@ def train(trial: Trial, device: str = "cpu", progress: Callable[[], None] = lamb
         DivergedError: If the loss or a weight is not finite.
     """
     task, method, settings = tasks.task(trial.task), Method.of(trial.method), trial.settings
+    settle(device)
     lr = task.lr[method.base] * settings.pop("lr", 1.0)
     weight_decay = settings.pop("wd", task.weight_decay[method.base])
     steps, scale = steps_of(trial), int(settings.pop("batch", 1))
@@ -300,7 +302,7 @@ def _random(
 def curvature(trial: Trial, network: nn.Module, device: str) -> float:
     """Return the largest eigenvalue of the loss's Hessian at the dense weights, on one batch of training data."""
     task = tasks.task(trial.task)
-    batch = moved(next(iter(task.batches(0, 1, 4))), device)
+    batch = moved(next(iter(task.batches(0, 1, task.sharpness_scale))), device)
     return largest_eigenvalue(network, lambda: task.loss(network, batch))
 
 

@@ -147,9 +147,9 @@ def choose(backend: str, device: torch.device, layers: Sequence[Tensor]) -> str:
     if device.type == "cpu" and not torch.compiler.is_compiling():
         large = sum([w.numel() for w in layers]) >= COMPILE_FROM
         return "compiled" if large and _why_not_compiled(device) is None else "eager"
-    # A graph of torch.compile gets plain operations to fuse. On CUDA Triton's kernels have run in its interpreter only,
-    # and wait for a first GPU.
-    return "eager"
+    if device.type == "cuda" and not torch.compiler.is_compiling() and _why_not_triton(device) is None:
+        return "triton"
+    return "eager"  # a graph of torch.compile gets plain operations to fuse
 
 
 def _why_not_compiled(device: torch.device) -> str | None:

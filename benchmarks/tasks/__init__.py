@@ -40,6 +40,7 @@ class Task:
             units.
         lr: Peak learning rate of each base optimizer that the task is trained with.
         weight_decay: Of each base optimizer, on the weights that are pruned.
+        sharpness_scale: Batch scale of the one batch that sharpness is measured on; second derivatives take memory.
         data: Where the data comes from: a name, and a hash where it is not the same everywhere.
     """
 
@@ -58,6 +59,7 @@ class Task:
     tolerance: float = 0.5
     lr: Mapping[str, float] = field(default_factory=lambda: {"sgd": 0.1, "adamw": 1e-3})
     weight_decay: Mapping[str, float] = field(default_factory=lambda: {"sgd": 5e-4, "adamw": 1e-2})
+    sharpness_scale: int = 4
     data: str = ""
 
 

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from benchmarks.devices import settle
 from benchmarks.tasks import Task
 
 CACHE = Path("results/cache")
@@ -44,6 +45,7 @@ class Size:
         pretraining_steps: Of pre-training.
         pretraining_lr: Peak learning rate of pre-training.
         evaluated: Windows that a split is measured on.
+        sharpness_scale: As the task's.
     """
 
     name: str
@@ -59,10 +61,11 @@ class Size:
     pretraining_steps: int
     pretraining_lr: float
     evaluated: int
+    sharpness_scale: int = 4
 
 
 SMALL = Size("language", 96, 256, 3, 4, 64, 8, 400, 1e-3, 16, 2500, 2e-3, 384)  # 0.38 M parameters, 0.33 M prunable
-LARGE = Size("language_25m", 512, 1408, 8, 8, 512, 32, 600, 3e-4, 64, 2000, 1e-3, 384)  # 25.96 M, 25.69 M prunable
+LARGE = Size("language_25m", 512, 1408, 8, 8, 512, 32, 600, 3e-4, 64, 2000, 1e-3, 384, 1)  # 25.96 M, 25.69 M prunable
 
 
 class Corpus(NamedTuple):
@@ -162,6 +165,7 @@ def pretrained(seed: int, folder: Path, size: Size = SMALL) -> nn.Module:
         network.load_state_dict(torch.load(path, weights_only=True))
         return network
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    settle(device)
     network.to(device)
     optimizer = torch.optim.AdamW(network.parameters(), lr=size.pretraining_lr, betas=(0.9, 0.95), weight_decay=0.1)
     warm_up = torch.optim.lr_scheduler.LinearLR(optimizer, 0.01, total_iters=100)
@@ -196,6 +200,7 @@ def _task(size: Size) -> Task:
         exclude=("lm_head",),
         goals=(0.5, 0.7, 0.8),
         tolerance=0.05,
+        sharpness_scale=size.sharpness_scale,
         lr={"adamw": size.lr},
         weight_decay={"adamw": 1e-2},
         data=f"Python standard library, sha256 {corpus.sha256[:12]}",
