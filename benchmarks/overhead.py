@@ -152,14 +152,13 @@ def rows(weights: Sequence[nn.Parameter], device: str) -> list[Row]:
     kernels = "triton" if device == "cuda" else "compiled"
     options: dict[str, Any] = {"lr": LR, "fused": True, "weight_concentration": STRENGTH}
     base, other = "torch AdamW, fused", "torch SGD, fused"
-    of_units = ("eager",) if device == "cuda" else ("eager", kernels)  # Triton has no kernels of units
     return [
         Row(base, base, 7, adamw.step),
         Row("+ penalty in the loss", base, 11, in_loss),
         Row("+ naive step", base, 10, naive),
         Row("WCR(AdamW), eager", base, 10, wcr("eager")),
         Row(f"WCR(AdamW), {kernels}", base, 10, wcr(kernels)),
-        *[Row(f"WCR per unit (AdamW), {name}", base, 10, wcr(name, "per_unit")) for name in of_units],
+        *[Row(f"WCR per unit (AdamW), {name}", base, 10, wcr(name, "per_unit")) for name in ("eager", kernels)],
         Row("L1Decay(AdamW), eager", base, 9, l1("eager")),
         Row(f"L1Decay(AdamW), {kernels}", base, 9, l1(kernels)),
         Row("AdamW(fused=True)", base, 7, fused(AdamW(weights, **options), adamw), repeats=2),

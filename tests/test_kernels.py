@@ -160,7 +160,7 @@ def test_more_than_two_to_the_31_weights_by_index_arithmetic():
     far, n = 2**31, 100
     assert far % kernels.CHUNK == 0
     w = torch.randn(n, device=DEVICE)
-    launch = kernels._launches([[w]])[0]
+    launch = kernels.launches([[w]])[0]
     launch = launch._replace(
         pointers=torch.tensor([w.data_ptr() - far * w.element_size()], device=DEVICE),
         table=torch.tensor([[far + n], [-(far // kernels.CHUNK)]], device=DEVICE),
@@ -231,15 +231,16 @@ def test_kernels_compile_for_gpus_that_are_not_here():
         import triton, triton.language as tl
         from triton.backends.compiler import GPUTarget
         from triton.compiler import ASTSource
-        from wcr_optim import kernels as K
+        from wcr_optim import kernels as K, unit_kernels as U
 
         POINTERS = {"pointers": "*i64", "table": "*i64", "layer_of": "*i32", "rows": "*i64", "partial": "*fp32",
                     "gains": "*fp64", "thresholds": "*fp64", "seed": "*i64", "coefficients": "*fp32", "sums": "*fp64",
-                    "layers": "i32", "programs": "i32"}
+                    "layers": "i32", "programs": "i32", "lengths": "*i64", "firsts": "*i64"}
+        OF_UNITS = POINTERS | {"gains": "*fp32", "thresholds": "*fp32"}
 
-        def compile(kernel, capability, **constants):
+        def compile(kernel, capability, pointers=POINTERS, **constants):
             names = kernel.arg_names
-            signature = {n: "constexpr" if n in constants else POINTERS.get(n, "fp32") for n in names}
+            signature = {n: "constexpr" if n in constants else pointers.get(n, "fp32") for n in names}
             aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if signature[n].startswith("*")}
             source = ASTSource(kernel, signature, {n: constants[n] for n in names if n in constants}, aligned)
             options = {"num_warps": K.WARPS, "enable_fp_fusion": False}
@@ -255,8 +256,13 @@ def test_kernels_compile_for_gpus_that_are_not_here():
             compile(K._adamw_kernel, 80, DTYPE=tl.float32, **nearest, **sizes),
             compile(K._adamw_kernel, 90, DTYPE=tl.bfloat16, STOCHASTIC=True, **sizes),
             compile(K._sgd_kernel, 90, DTYPE=tl.float32, NESTEROV=True, MOMENTUM=True, **nearest, **sizes),
+            compile(U._unit_shrink_kernel, 90, OF_UNITS, DTYPE=tl.float32, **nearest, **sizes),
+            compile(U._unit_shrink_kernel, 80, OF_UNITS, DTYPE=tl.float16, STOCHASTIC=True, **sizes),
+            compile(U._unit_sum_kernel, 90, DTYPE=tl.float32, ROWS=128, COLUMNS=64, **sizes),
+            compile(U._unit_sum_kernel, 80, DTYPE=tl.bfloat16, ROWS=1, COLUMNS=K.BLOCK, **sizes),
         ]
         assert all(re.search(r"ld\\.global\\.v4\\.b32", ptx) for ptx in made)
+        compile(U._unit_sum_kernel, 90, DTYPE=tl.float32, ROWS=K.CHUNK, COLUMNS=1, **sizes | {"ALIGNED": False})
         compile(K._finish_kernel, 80, CHUNK=K.CHUNK, PARTIALS=K.PARTIALS)
     """
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}

@@ -152,14 +152,3 @@ def test_a_target_needs_no_more_of_it():
         optimizer.step()
         target.step()
     assert target.last_tail < 1.5 * target.tail_energy
-
-
-def test_a_backend_that_knows_layers_only_is_refused_with_the_way_out():
-    w = torch.nn.Parameter(torch.randn(3, 3))
-    with pytest.raises(ValueError, match="'triton' has no kernels for single units; choose one of 'auto', 'eager'"):
-        WCR(torch.optim.SGD([w], lr=0.1), form="per_unit", backend="triton")
-    optimizer = WCR(torch.optim.SGD([w], lr=0.1), form="per_unit")
-    optimizer.backend = "triton"
-    w.grad = torch.zeros_like(w)
-    with pytest.raises(ValueError, match="'triton' has no kernels for single units"):
-        optimizer.step()

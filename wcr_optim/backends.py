@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from wcr_optim.penalties import Penalty
 
 BACKENDS = ("auto", "eager", "compiled", "triton")
-OF_UNITS = ("auto", "eager", "compiled")  # those that know the units of a layer
 MODULES = {"compiled": "wcr_optim.compiled", "triton": "wcr_optim.kernels"}
+UNIT_MODULES = {"compiled": "wcr_optim.compiled", "triton": "wcr_optim.unit_kernels"}
 # Compiling takes a second or two, once per process, and saves about half a fused AdamW step: some 10 ms a step at this
 # many weights. Below it "auto" stays eager, so that nobody waits for a compiler to train a small network.
 COMPILE_FROM = 2**25
@@ -56,7 +56,7 @@ class Implementation(Protocol):
 
 
 class UnitImplementation(Protocol):
-    """What a backend of `OF_UNITS` other than "eager" provides, for plain tensors on one device.
+    """What a backend other than "eager" provides for the units of plain tensors on one device.
 
     A unit is an entry w[i] of a weight; those of all tensors follow each other.
     """
@@ -109,9 +109,8 @@ def implementation(backend: str) -> Implementation:
 
 
 def unit_implementation(backend: str) -> UnitImplementation:
-    """Return the module behind "compiled"; ValueError if a backend has no kernels of units."""
-    check_units(backend)
-    module: UnitImplementation = import_module(MODULES[backend])
+    """Return the module behind "compiled" or "triton" that works on units."""
+    module: UnitImplementation = import_module(UNIT_MODULES[backend])
     return module
 
 
@@ -119,15 +118,6 @@ def check(backend: str) -> None:
     """Raise ValueError if there is no such backend."""
     if backend not in BACKENDS:
         raise ValueError(f"unknown backend {backend!r}; choose one of {', '.join(map(repr, BACKENDS))}")
-
-
-def check_units(backend: str) -> None:
-    """Raise ValueError if a backend knows layers and not their units."""
-    if backend not in OF_UNITS:
-        raise ValueError(
-            f"backend {backend!r} has no kernels for single units; choose one of {', '.join(map(repr, OF_UNITS))}, "
-            f"or a penalty on whole layers such as form='scale_free'"
-        )
 
 
 def check_available(backend: str, device: torch.device) -> None:

@@ -25,10 +25,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wcr_optim.layout import has_address, is_dense
+from wcr_optim.layout import has_address, holds_rows_together, is_dense
 from wcr_optim.moments import eager_sums
 from wcr_optim.shrink import eager_shrink_, make_noise
-from wcr_optim.units import eager_shrink_units_, eager_unit_sums, number_of_units
+from wcr_optim.units import eager_shrink_units_, eager_unit_sums, number_of_units, of_layers
 
 SOURCE = Path(__file__).with_name("native.cpp")
 COMPILERS = ("c++", "g++", "clang++")
@@ -87,7 +87,7 @@ def shrink_(parts: Sequence[Tensor], gain: Tensor, threshold: Tensor, seed: int 
 def unit_sums(parts: Sequence[Tensor]) -> list[Tensor]:
     """Sum m = |w| and m^2 over every unit w[i] of plain CPU tensors, shape (units, 2) for each, float64."""
     result: dict[int, Tensor] = {}
-    for dtype, index in _by_dtype(parts, _holds_units_together).items():
+    for dtype, index in _by_dtype(parts, _works_on_units).items():
         layers = [parts[i] for i in index]
         if dtype is None:
             own = eager_unit_sums(layers)
@@ -101,9 +101,9 @@ def unit_sums(parts: Sequence[Tensor]) -> list[Tensor]:
 def shrink_units_(parts: Sequence[Tensor], gain: Tensor, threshold: Tensor, seed: int | Tensor | None) -> None:
     """Apply w[i] <- gain[i] * softshrink(w[i], threshold[i]) in place to every unit of plain CPU tensors."""
     sizes = [number_of_units(w) for w in parts]
-    for dtype, index in _by_dtype(parts, _holds_units_together).items():
+    for dtype, index in _by_dtype(parts, _works_on_units).items():
         layers, units = [parts[i] for i in index], [sizes[i] for i in index]
-        g, t = (_of_layers(values, sizes, index) for values in (gain, threshold))
+        g, t = (of_layers(values, sizes, index) for values in (gain, threshold))
         if dtype is None:
             eager_shrink_units_(layers, g, t, seed)
         else:
@@ -168,15 +168,8 @@ def _by_dtype(
     return groups
 
 
-def _holds_units_together(w: Tensor) -> bool:
-    """Return whether a layer's units lie in memory one after the other, each without gaps and in any order inside."""
-    return fuses(w) and (w.ndim == 0 or len(w) < 2 or w.stride(0) == w.numel() // len(w))
-
-
-def _of_layers(values: Tensor, units: Sequence[int], index: Sequence[int]) -> Tensor:
-    """Select the units of some layers out of those of all."""
-    parts = torch.split(values, list(units))  # raises if there are more or fewer
-    return values if len(index) == len(units) else torch.cat([parts[i] for i in index])
+def _works_on_units(w: Tensor) -> bool:
+    return fuses(w) and holds_rows_together(w)
 
 
 def _call(

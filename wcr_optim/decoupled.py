@@ -84,8 +84,6 @@ class Decoupled(OptimizerWrapper):
             kind = f"the class {penalty.__name__}" if isinstance(penalty, type) else f"{penalty!r}"
             raise TypeError(f"penalty must be an instance of penalties.Penalty such as penalties.L1(), got {kind}")
         backends.check(backend)
-        if penalty.per_unit:
-            backends.check_units(backend)
         self.penalty = penalty
         self.stochastic_rounding = stochastic_rounding
         self.backend = backend

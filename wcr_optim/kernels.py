@@ -60,7 +60,7 @@ def _why_not_on_gpu(device: torch.device) -> str | None:
 
 
 @triton.jit
-def _where(table, layers, layer_of, CHUNK: tl.constexpr):
+def where(table, layers, layer_of, CHUNK: tl.constexpr):
     """Return this program's layer, the index of its first weight, and the layer's number of weights."""
     program = tl.program_id(0)
     layer = tl.load(layer_of + program)
@@ -70,7 +70,7 @@ def _where(table, layers, layer_of, CHUNK: tl.constexpr):
 
 
 @triton.jit
-def _stream(pointers, layers, layer, STREAM: tl.constexpr, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
+def stream(pointers, layers, layer, STREAM: tl.constexpr, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
     """Return the pointer to a layer's weights, or to its gradient or state."""
     pointer = tl.load(pointers + STREAM * layers + layer).to(tl.pointer_type(DTYPE))
     if ALIGNED:
@@ -79,14 +79,16 @@ def _stream(pointers, layers, layer, STREAM: tl.constexpr, DTYPE: tl.constexpr, 
 
 
 @triton.jit
-def _read(pointer, at, n, WHOLE: tl.constexpr):
+def read(pointer, at, n, WHOLE: tl.constexpr):
+    """Return a block of a layer's n weights in float32, zeros beyond them."""
     if WHOLE:  # a mask that may end anywhere would cut loads into single elements
         return tl.load(pointer + at).to(tl.float32)
     return tl.load(pointer + at, mask=at < n, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def _write(pointer, at, n, value, WHOLE: tl.constexpr):
+def write(pointer, at, n, value, WHOLE: tl.constexpr):
+    """Store a block of a layer's n weights, nothing beyond them."""
     if WHOLE:
         tl.store(pointer + at, value)
     else:
@@ -94,7 +96,8 @@ def _write(pointer, at, n, value, WHOLE: tl.constexpr):
 
 
 @triton.jit
-def _shrunk(w, gain, threshold):
+def shrunk(w, gain, threshold):
+    """Return gain * softshrink(w, threshold)."""
     return (w - tl.minimum(tl.maximum(w, -threshold), threshold)) * gain
 
 
@@ -110,7 +113,7 @@ def _bits(seed, layer, start, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _rounded(w, before, seed, layer, start, DTYPE: tl.constexpr, STOCHASTIC: tl.constexpr, BLOCK: tl.constexpr):
+def rounded(w, before, seed, layer, start, DTYPE: tl.constexpr, STOCHASTIC: tl.constexpr, BLOCK: tl.constexpr):
     """Bring float32 values onto DTYPE's grid, to finite values where they were finite before."""
     LIMIT: tl.constexpr = 3.3895313892515355e38 if DTYPE == tl.bfloat16 else 65504.0
     w = tl.minimum(tl.maximum(w, -LIMIT), LIMIT)
@@ -133,7 +136,7 @@ def _add_up(partial, programs, magnitudes, squares):
 
 
 @triton.jit
-def _left(start, n, CHUNK: tl.constexpr):
+def left(start, n, CHUNK: tl.constexpr):
     """Count the weights that the last chunk of a layer has."""
     return tl.minimum(n - start, CHUNK).to(tl.int32)
 
@@ -143,18 +146,18 @@ def _sum_kernel(
     pointers, table, layers, layer_of, partial, programs,
     DTYPE: tl.constexpr, ALIGNED: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    layer, start, n = _where(table, layers, layer_of, CHUNK)
-    w = _stream(pointers, layers, layer, 0, DTYPE, ALIGNED)
+    layer, start, n = where(table, layers, layer_of, CHUNK)
+    w = stream(pointers, layers, layer, 0, DTYPE, ALIGNED)
     magnitudes = tl.zeros((BLOCK,), tl.float32)
     squares = tl.zeros((BLOCK,), tl.float32)
     if start + CHUNK <= n:
         for block in tl.static_range(0, CHUNK, BLOCK):
-            m = tl.abs(_read(w, start + block + tl.arange(0, BLOCK), n, True))
+            m = tl.abs(read(w, start + block + tl.arange(0, BLOCK), n, True))
             magnitudes += m
             squares += m * m
     else:
-        for block in range(0, _left(start, n, CHUNK), BLOCK):
-            m = tl.abs(_read(w, start + block + tl.arange(0, BLOCK), n, False))
+        for block in range(0, left(start, n, CHUNK), BLOCK):
+            m = tl.abs(read(w, start + block + tl.arange(0, BLOCK), n, False))
             magnitudes += m
             squares += m * m
     _add_up(partial, programs, magnitudes, squares)
@@ -181,11 +184,11 @@ def _shrink_block(
     WHOLE: tl.constexpr, DTYPE: tl.constexpr, STOCHASTIC: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     at = start + tl.arange(0, BLOCK)
-    before = _read(w, at, n, WHOLE)
-    x = _shrunk(before, gain, threshold)
+    before = read(w, at, n, WHOLE)
+    x = shrunk(before, gain, threshold)
     if DTYPE != tl.float32:
-        x = _rounded(x, before, seed, layer, start, DTYPE, STOCHASTIC, BLOCK)
-    _write(w, at, n, x.to(DTYPE), WHOLE)
+        x = rounded(x, before, seed, layer, start, DTYPE, STOCHASTIC, BLOCK)
+    write(w, at, n, x.to(DTYPE), WHOLE)
 
 
 @triton.jit(do_not_specialize=["layers"])
@@ -193,16 +196,16 @@ def _shrink_kernel(
     pointers, table, layers, layer_of, rows, gains, thresholds, seed,
     DTYPE: tl.constexpr, ALIGNED: tl.constexpr, STOCHASTIC: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    layer, start, n = _where(table, layers, layer_of, CHUNK)
+    layer, start, n = where(table, layers, layer_of, CHUNK)
     row = tl.load(rows + layer)
     gain, threshold = tl.load(gains + row).to(tl.float32), tl.load(thresholds + row).to(tl.float32)
     if (gain != 1.0) | (threshold != 0.0):
-        w = _stream(pointers, layers, layer, 0, DTYPE, ALIGNED)
+        w = stream(pointers, layers, layer, 0, DTYPE, ALIGNED)
         if start + CHUNK <= n:
             for block in tl.static_range(0, CHUNK, BLOCK):
                 _shrink_block(w, start + block, n, gain, threshold, seed, row, True, DTYPE, STOCHASTIC, BLOCK)
         else:
-            for block in range(0, _left(start, n, CHUNK), BLOCK):
+            for block in range(0, left(start, n, CHUNK), BLOCK):
                 _shrink_block(w, start + block, n, gain, threshold, seed, row, False, DTYPE, STOCHASTIC, BLOCK)
 
 
@@ -213,19 +216,19 @@ def _adamw_block(
 ):  # fmt: skip
     """Shrink and update a block of weights and return their magnitudes."""
     at = start + tl.arange(0, BLOCK)
-    before = _read(p, at, n, WHOLE)
-    w = _shrunk(before, tl.load(c), tl.load(c + 1))
+    before = read(p, at, n, WHOLE)
+    w = shrunk(before, tl.load(c), tl.load(c + 1))
     if DTYPE != tl.float32:
-        w = _rounded(w, before, seed, layer, start, DTYPE, STOCHASTIC, BLOCK).to(DTYPE).to(tl.float32)
-    gradient = sign * _read(g, at, n, WHOLE)
-    mean = _read(m, at, n, WHOLE)
+        w = rounded(w, before, seed, layer, start, DTYPE, STOCHASTIC, BLOCK).to(DTYPE).to(tl.float32)
+    gradient = sign * read(g, at, n, WHOLE)
+    mean = read(m, at, n, WHOLE)
     mean += (gradient - mean) * rate1
-    square = beta2 * _read(v, at, n, WHOLE) + rate2 * gradient * gradient
+    square = beta2 * read(v, at, n, WHOLE) + rate2 * gradient * gradient
     decay, step, root = tl.load(c + 2), tl.load(c + 3), tl.load(c + 4)
     w = (w * decay - step * mean / (tl.sqrt(square) * root + eps)).to(DTYPE)
-    _write(p, at, n, w, WHOLE)
-    _write(m, at, n, mean.to(DTYPE), WHOLE)
-    _write(v, at, n, square.to(DTYPE), WHOLE)
+    write(p, at, n, w, WHOLE)
+    write(m, at, n, mean.to(DTYPE), WHOLE)
+    write(v, at, n, square.to(DTYPE), WHOLE)
     magnitude = tl.abs(w.to(tl.float32))
     return magnitude if WHOLE else tl.where(at < n, magnitude, 0.0)
 
@@ -235,12 +238,12 @@ def _adamw_kernel(
     pointers, table, layers, layer_of, rows, coefficients, partial, programs, sign, rate1, beta2, rate2, eps, seed,
     DTYPE: tl.constexpr, ALIGNED: tl.constexpr, STOCHASTIC: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    layer, start, n = _where(table, layers, layer_of, CHUNK)
+    layer, start, n = where(table, layers, layer_of, CHUNK)
     row = tl.load(rows + layer)
-    p = _stream(pointers, layers, layer, 0, DTYPE, ALIGNED)
-    g = _stream(pointers, layers, layer, 1, DTYPE, ALIGNED)
-    m = _stream(pointers, layers, layer, 2, DTYPE, ALIGNED)
-    v = _stream(pointers, layers, layer, 3, DTYPE, ALIGNED)
+    p = stream(pointers, layers, layer, 0, DTYPE, ALIGNED)
+    g = stream(pointers, layers, layer, 1, DTYPE, ALIGNED)
+    m = stream(pointers, layers, layer, 2, DTYPE, ALIGNED)
+    v = stream(pointers, layers, layer, 3, DTYPE, ALIGNED)
     c = coefficients + 5 * row
     magnitudes = tl.zeros((BLOCK,), tl.float32)
     squares = tl.zeros((BLOCK,), tl.float32)
@@ -253,7 +256,7 @@ def _adamw_kernel(
             magnitudes += magnitude
             squares += magnitude * magnitude
     else:
-        for block in range(0, _left(start, n, CHUNK), BLOCK):
+        for block in range(0, left(start, n, CHUNK), BLOCK):
             magnitude = _adamw_block(
                 p, g, m, v, start + block, n, c, sign, rate1, beta2, rate2, eps, seed, row,
                 False, DTYPE, STOCHASTIC, BLOCK,
@@ -270,20 +273,20 @@ def _sgd_block(
 ):  # fmt: skip
     """Shrink and update a block of weights and return their magnitudes."""
     at = start + tl.arange(0, BLOCK)
-    before = _read(p, at, n, WHOLE)
-    w = _shrunk(before, tl.load(c), tl.load(c + 1))
+    before = read(p, at, n, WHOLE)
+    w = shrunk(before, tl.load(c), tl.load(c + 1))
     if DTYPE != tl.float32:
-        w = _rounded(w, before, seed, layer, start, DTYPE, STOCHASTIC, BLOCK).to(DTYPE).to(tl.float32)
-    direction = sign * _read(g, at, n, WHOLE) + weight_decay * w
+        w = rounded(w, before, seed, layer, start, DTYPE, STOCHASTIC, BLOCK).to(DTYPE).to(tl.float32)
+    direction = sign * read(g, at, n, WHOLE) + weight_decay * w
     if MOMENTUM:
-        buffer = momentum * _read(b, at, n, WHOLE) + fresh * direction
-        _write(b, at, n, buffer.to(DTYPE), WHOLE)
+        buffer = momentum * read(b, at, n, WHOLE) + fresh * direction
+        write(b, at, n, buffer.to(DTYPE), WHOLE)
         if NESTEROV:
             direction += momentum * buffer
         else:
             direction = buffer
     w = (w - tl.load(c + 2) * direction).to(DTYPE)
-    _write(p, at, n, w, WHOLE)
+    write(p, at, n, w, WHOLE)
     magnitude = tl.abs(w.to(tl.float32))
     return magnitude if WHOLE else tl.where(at < n, magnitude, 0.0)
 
@@ -294,11 +297,11 @@ def _sgd_kernel(
     NESTEROV: tl.constexpr, MOMENTUM: tl.constexpr, DTYPE: tl.constexpr, ALIGNED: tl.constexpr,
     STOCHASTIC: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    layer, start, n = _where(table, layers, layer_of, CHUNK)
+    layer, start, n = where(table, layers, layer_of, CHUNK)
     row = tl.load(rows + layer)
-    p = _stream(pointers, layers, layer, 0, DTYPE, ALIGNED)
-    g = _stream(pointers, layers, layer, 1, DTYPE, ALIGNED)
-    b = _stream(pointers, layers, layer, 2 if MOMENTUM else 1, DTYPE, ALIGNED)
+    p = stream(pointers, layers, layer, 0, DTYPE, ALIGNED)
+    g = stream(pointers, layers, layer, 1, DTYPE, ALIGNED)
+    b = stream(pointers, layers, layer, 2 if MOMENTUM else 1, DTYPE, ALIGNED)
     c = coefficients + 3 * row
     magnitudes = tl.zeros((BLOCK,), tl.float32)
     squares = tl.zeros((BLOCK,), tl.float32)
@@ -311,7 +314,7 @@ def _sgd_kernel(
             magnitudes += magnitude
             squares += magnitude * magnitude
     else:
-        for block in range(0, _left(start, n, CHUNK), BLOCK):
+        for block in range(0, left(start, n, CHUNK), BLOCK):
             magnitude = _sgd_block(
                 p, g, b, start + block, n, c, sign, weight_decay, momentum, fresh, seed, row,
                 NESTEROV, MOMENTUM, False, DTYPE, STOCHASTIC, BLOCK,
@@ -374,7 +377,7 @@ def sums(parts: Sequence[Tensor]) -> Tensor:
         result[rest] = eager_sums([parts[i] for i in rest])
     memory = [_without_gaps(w) for w in parts]  # copies, where memory has gaps, live until the kernels are launched
     with on(device):
-        for launch in _launches([memory]):
+        for launch in launches([memory]):
             partial = launch.partial()
             _sum_kernel[(launch.programs,)](*launch.place, partial, launch.programs, **launch.options)
             launch.finish(partial, result)
@@ -390,7 +393,7 @@ def shrink_(parts: Sequence[Tensor], gain: Tensor, threshold: Tensor, seed: int 
     memory = [_without_gaps(w) for w in parts]
     live_seed = on_device(seed, device)
     with on(device):
-        for launch in _launches([memory]):
+        for launch in launches([memory]):
             stochastic = seed is not None and launch.dtype in NARROW
             _shrink_kernel[(launch.programs,)](
                 *launch.place, launch.rows, gain.contiguous(), threshold.contiguous(), live_seed,
@@ -477,14 +480,14 @@ def _fused(
     live_seed = on_device(seed, device)
     result = torch.zeros(len(streams[0]), 2, dtype=torch.float64, device=device)
     with on(device):
-        for launch in _launches(streams):
+        for launch in launches(streams):
             partial = launch.partial()
             kernel[(launch.programs,)](
                 *launch.place, launch.rows, coefficients, partial, launch.programs, *constants, live_seed,
                 STOCHASTIC=seed is not None and launch.dtype in NARROW, **kind, **launch.options,
             )  # fmt: skip
             launch.finish(partial, result)
-    _written(streams[0], *streams[2:])
+    written(streams[0], *streams[2:])
     return result
 
 
@@ -500,37 +503,53 @@ def on_device(seed: int | Tensor | None, device: torch.device) -> Tensor | None:
     return torch.full((), seed, dtype=torch.int64, device=device)
 
 
-def _launches(streams: Sequence[Sequence[Tensor]]) -> list[Launch]:
+def launches(streams: Sequence[Sequence[Tensor]]) -> list[Launch]:
     """Divide layers into launches, by dtype and by whether every address allows loads of 16 bytes."""
     rows: defaultdict[tuple[torch.dtype, bool], list[int]] = defaultdict(list)
     addresses = [[w.data_ptr() for w in stream] for stream in streams]
     for i, w in enumerate(streams[0]):
         if w.dtype in DTYPES and w.numel():
             rows[w.dtype, all(stream[i] % 16 == 0 for stream in addresses)].append(i)
-    device = streams[0][0].device
-    launches = []
-    for (dtype, aligned), index in rows.items():
-        numbers = tuple([streams[0][i].numel() for i in index])
-        programs = [-(-n // CHUNK) for n in numbers]
-        table, layer_of = _table(numbers, device)
-        launches.append(
-            Launch(
-                dtype=dtype,
-                aligned=aligned,
-                layers=len(index),
-                programs=sum(programs),
-                rows=upload(tuple(index), torch.int64, device),
-                pointers=pointers_to(tuple([stream[i] for stream in addresses for i in index]), device),
-                table=table,
-                layer_of=layer_of,
-            )
-        )
-    return launches
+    return [make_launch(streams, index, CHUNK, aligned=aligned) for (_, aligned), index in rows.items()]
 
 
-def _table(numbers: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return (numbers of weights, first program) of every layer, shape (2, layers), and every program's layer."""
-    programs = [-(-n // CHUNK) for n in numbers]
+def make_launch(
+    streams: Sequence[Sequence[Tensor]],
+    index: Sequence[int],
+    chunk: int,
+    numbers: Sequence[int] | None = None,
+    *,
+    aligned: bool,
+) -> Launch:
+    """Prepare one launch.
+
+    Args:
+        streams: The caller's layers, and what else belongs to each of them.
+        index: The layers that the launch works on, all of one dtype.
+        chunk: How many things of a layer a program takes.
+        numbers: How many each layer of `index` has; None stands for its weights (default: None).
+        aligned: Whether loads of 16 bytes are possible.
+
+    """
+    layers = [streams[0][i] for i in index]
+    numbers = tuple([w.numel() for w in layers] if numbers is None else numbers)
+    device = layers[0].device
+    table, layer_of = _table(numbers, chunk, device)
+    return Launch(
+        dtype=layers[0].dtype,
+        aligned=aligned,
+        layers=len(index),
+        programs=sum([-(-n // chunk) for n in numbers]),
+        rows=upload(tuple(index), torch.int64, device),
+        pointers=pointers_to(tuple([stream[i].data_ptr() for stream in streams for i in index]), device),
+        table=table,
+        layer_of=layer_of,
+    )
+
+
+def _table(numbers: tuple[int, ...], chunk: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return (number of weights, first program) of every layer, shape (2, layers), and every program's layer."""
+    programs = [-(-n // chunk) for n in numbers]
 
     def table() -> Tensor:
         return torch.tensor([numbers, tuple(accumulate([0, *programs[:-1]]))], device="cpu")
@@ -539,7 +558,7 @@ def _table(numbers: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tens
         layers = torch.arange(len(numbers), dtype=torch.int32, device="cpu")
         return layers.repeat_interleave(torch.tensor(programs, device="cpu"))
 
-    return keep(("table", numbers), device, table), keep(("layer_of", numbers), device, layer_of)
+    return keep(("table", numbers, chunk), device, table), keep(("layer_of", numbers, chunk), device, layer_of)
 
 
 def _without_gaps(w: Tensor) -> Tensor:
@@ -547,7 +566,7 @@ def _without_gaps(w: Tensor) -> Tensor:
     return w if w.is_contiguous() else flat(w)
 
 
-def _written(*streams: Sequence[Tensor]) -> None:
+def written(*streams: Sequence[Tensor]) -> None:
     """Tell autograd, and whoever watches versions, that a kernel wrote into tensors."""
     for stream in streams:
         for w in stream:

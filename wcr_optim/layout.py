@@ -59,6 +59,12 @@ def is_dense(tensor: Tensor) -> bool:
     return tensor.is_contiguous() or in_memory_order(tensor).is_contiguous()
 
 
+def holds_rows_together(tensor: Tensor) -> bool:
+    """Return whether the entries w[i] lie in memory one after the other, each without gaps and in any order inside."""
+    one = tensor.ndim == 0 or len(tensor) < 2
+    return is_dense(tensor) and (one or tensor.stride(0) == tensor.numel() // len(tensor))
+
+
 def has_address(tensor: Tensor) -> bool:
     """Return whether the elements themselves lie where `data_ptr` says, for a kernel that asks nobody else.
 

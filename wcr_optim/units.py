@@ -19,6 +19,7 @@ from wcr_optim.layout import as_dtensor, local
 from wcr_optim.moments import Moments, accumulator, compute_dtype
 from wcr_optim.rounding import Noise, round_to
 from wcr_optim.shrink import DEVICE_CHUNK, PIECE
+from wcr_optim.uploads import keep, upload
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -31,7 +32,7 @@ def unit_moments(layers: Sequence[Tensor], *, backend: str = "eager") -> Moments
     Args:
         layers: Weights of any floating dtype, shape and strides, at least one, all on one device. A row of a DTensor
             that lies on several ranks is summed over them: all of them must call this.
-        backend: "eager" or "compiled", see `backends`; a graph of torch.compile gets plain operations
+        backend: "eager", "compiled" or "triton", see `backends`; a graph of torch.compile gets plain operations
             (default: "eager").
 
     Returns:
@@ -39,7 +40,7 @@ def unit_moments(layers: Sequence[Tensor], *, backend: str = "eager") -> Moments
         device has it. A weight of one dimension has rows of one element.
 
     Raises:
-        ValueError: If a DTensor holds pending partial sums, or the backend has no kernels of units.
+        ValueError: If a DTensor holds pending partial sums.
 
     """
     parts = [local(w) for w in layers]
@@ -49,8 +50,7 @@ def unit_moments(layers: Sequence[Tensor], *, backend: str = "eager") -> Moments
         sums = backends.unit_implementation(backend).unit_sums(parts)
     sums = add_over_ranks(sums, layers)
     device = parts[0].device
-    lengths = torch.tensor([float(math.prod(w.shape[1:])) for w in layers], dtype=accumulator(device), device="cpu")
-    n = spread(lengths.to(device, non_blocking=True), layers)
+    n = spread(upload(tuple([math.prod(w.shape[1:]) for w in layers]), accumulator(device), device), layers)
     mu, q = (torch.cat(sums) / n.clamp(min=1).unsqueeze(1)).unbind(1)
     return Moments(n, mu, q)
 
@@ -71,11 +71,8 @@ def shrink_units_(
         gain: Factors, shape (rows,), in the order of `unit_moments`.
         threshold: Thresholds, shape (rows,), in units of a weight, not negative.
         seed: Rounds bfloat16 and float16 weights stochastically, reproducibly for equal seeds; None rounds them to
-            nearest (default: None).
+            nearest (default: None). A tensor on their device is read there, by the "triton" backend without waiting.
         backend: As for `unit_moments`; each draws random bits of its own (default: "eager").
-
-    Raises:
-        ValueError: If the backend has no kernels of units.
 
     """
     parts = [local(w) for w in layers]
@@ -93,7 +90,21 @@ def number_of_units(w: Tensor) -> int:
 
 def spread(values: Tensor, layers: Sequence[Tensor]) -> Tensor:
     """Repeat each weight's value for each of its rows on this rank: (layers,) becomes (rows,)."""
-    return torch.cat([x.expand(number_of_units(w)) for x, w in zip(values.unbind(), layers, strict=True)])
+    sizes = tuple(map(number_of_units, layers))
+    if values.device.type != "cuda" or torch.compiler.is_compiling():
+        return torch.cat([x.expand(size) for x, size in zip(values.unbind(), sizes, strict=True)])
+
+    def layer_of() -> Tensor:
+        return torch.arange(len(sizes), device="cpu").repeat_interleave(torch.tensor(sizes, device="cpu"))
+
+    # One kernel, where a cat of repeated values would be one for every layer.
+    return values.index_select(0, keep(("layer of unit", sizes), values.device, layer_of))
+
+
+def of_layers(values: Tensor, units: Sequence[int], index: Sequence[int]) -> Tensor:
+    """Select the units of some layers out of those of all."""
+    parts = torch.split(values, list(units))  # raises if there are more or fewer
+    return values if len(index) == len(units) else torch.cat([parts[i] for i in index])
 
 
 def eager_unit_sums(parts: Sequence[Tensor]) -> list[Tensor]:

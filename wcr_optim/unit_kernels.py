@@ -1,0 +1,229 @@
+# ruff: noqa: N803, N806, SIM300  (Triton writes constants of a kernel in capitals)
+# mypy: disable-error-code="import-untyped, import-not-found, untyped-decorator, no-untyped-def"
+"""Triton kernels of units: sums of every row w[i] of many tensors, and a shrink with a gain and a threshold for each.
+
+As in `kernels`, nothing waits for the device, and equal weights give equal bits. The sums take tiles of whole rows,
+padded to a power of two, so layers of rows that are padded alike share a launch. The shrink takes weights as the
+layers' shrink does, whatever the rows, and looks up what belongs to each weight's row.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from itertools import accumulate
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from wcr_optim.kernels import (
+    BLOCK,
+    CHUNK,
+    DTYPES,
+    NARROW,
+    Launch,
+    launches,
+    left,
+    make_launch,
+    on_device,
+    read,
+    rounded,
+    shrunk,
+    stream,
+    where,
+    write,
+    written,
+)
+from wcr_optim.layout import holds_rows_together
+from wcr_optim.units import eager_shrink_units_, eager_unit_sums, number_of_units, of_layers
+from wcr_optim.uploads import on, upload
+
+# --- kernels ---------------------------------------------------------------------------------------------------------
+
+
+@triton.jit(do_not_specialize=["layers"])
+def _unit_sum_kernel(
+    pointers, table, layers, layer_of, rows, lengths, firsts, sums,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    DTYPE: tl.constexpr, ALIGNED: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Sum the rows of a layer, ROWS to a program, in tiles of COLUMNS wide."""
+    HEIGHT: tl.constexpr = BLOCK // COLUMNS
+    layer, start, n = where(table, layers, layer_of, ROWS)
+    row = tl.load(rows + layer)
+    length, first = tl.load(lengths + row), tl.load(firsts + row)
+    if ALIGNED:  # rows then begin where loads of 16 bytes can
+        length = tl.multiple_of(length, 4 if DTYPE == tl.float32 else 8)
+    w = stream(pointers, layers, layer, 0, DTYPE, ALIGNED)
+    for tile in range(0, left(start, n, ROWS), HEIGHT):
+        unit = start + tile + tl.arange(0, HEIGHT)
+        magnitude, square = _tile_sums(w, unit, n, length, CHUNK // ROWS, COLUMNS, HEIGHT)
+        at = sums + 2 * (first + unit)
+        tl.store(at, magnitude, mask=unit < n)
+        tl.store(at + 1, square, mask=unit < n)
+
+
+@triton.jit
+def _tile_sums(w, unit, n, length, STRETCH: tl.constexpr, COLUMNS: tl.constexpr, HEIGHT: tl.constexpr):
+    """Sum m and m^2 over whole rows, in float32 over at most CHUNK / BLOCK weights, in float64 from there on."""
+    magnitude = tl.zeros((HEIGHT,), tl.float64)
+    square = tl.zeros((HEIGHT,), tl.float64)
+    at = w + (unit * length)[:, None]  # 64 bits: a layer can have more than 2^31 weights
+    for column in range(0, length, STRETCH):
+        magnitudes = tl.zeros((HEIGHT, COLUMNS), tl.float32)
+        squares = tl.zeros((HEIGHT, COLUMNS), tl.float32)
+        for step in tl.static_range(0, STRETCH, COLUMNS):
+            columns = (column + step + tl.arange(0, COLUMNS))[None, :]
+            inside = (unit < n)[:, None] & (columns < length)
+            m = tl.abs(tl.load(at + columns, mask=inside, other=0.0).to(tl.float32))
+            magnitudes += m
+            squares += m * m
+        magnitude += tl.sum(magnitudes.to(tl.float64), 1)
+        square += tl.sum(squares.to(tl.float64), 1)
+    return magnitude, square
+
+
+@triton.jit(do_not_specialize=["layers"])
+def _unit_shrink_kernel(
+    pointers, table, layers, layer_of, rows, lengths, firsts, gains, thresholds, seed,
+    DTYPE: tl.constexpr, ALIGNED: tl.constexpr, STOCHASTIC: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    layer, start, n = where(table, layers, layer_of, CHUNK)
+    row = tl.load(rows + layer)
+    length, first = tl.load(lengths + row), tl.load(firsts + row)
+    w = stream(pointers, layers, layer, 0, DTYPE, ALIGNED)
+    if start + CHUNK <= n:
+        for block in tl.static_range(0, CHUNK, BLOCK):
+            _unit_shrink_block(
+                w, start + block, n, length, gains + first, thresholds + first, seed, row,
+                True, DTYPE, STOCHASTIC, BLOCK,
+            )  # fmt: skip
+    else:
+        for block in range(0, left(start, n, CHUNK), BLOCK):
+            _unit_shrink_block(
+                w, start + block, n, length, gains + first, thresholds + first, seed, row,
+                False, DTYPE, STOCHASTIC, BLOCK,
+            )  # fmt: skip
+
+
+@triton.jit
+def _unit_shrink_block(
+    w, start, n, length, gains, thresholds, seed, layer,
+    WHOLE: tl.constexpr, DTYPE: tl.constexpr, STOCHASTIC: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    at = start + tl.arange(0, BLOCK)
+    first, beyond = _unit_of(start, length, BLOCK)
+    gain = _look_up(gains + first, beyond, at < n, WHOLE)
+    threshold = _look_up(thresholds + first, beyond, at < n, WHOLE)
+    before = read(w, at, n, WHOLE)
+    x = shrunk(before, gain, threshold)
+    if DTYPE != tl.float32:
+        x = rounded(x, before, seed, layer, start, DTYPE, STOCHASTIC, BLOCK)
+    x = tl.where((gain != 1.0) | (threshold != 0.0), x, before)  # for the sign of zeros, which the shrink loses
+    write(w, at, n, x.to(DTYPE), WHOLE)
+
+
+@triton.jit
+def _look_up(values, index, inside, WHOLE: tl.constexpr):
+    if WHOLE:
+        return tl.load(values + index)
+    return tl.load(values + index, mask=inside, other=0.0)
+
+
+@triton.jit
+def _unit_of(start, length, BLOCK: tl.constexpr):
+    """Return the row in which a block begins, and how many rows further each of its weights lies, int32.
+
+    The division is one of floats, exact since x + 1/2 is half a weight off every whole row and x < 2 BLOCK. A block
+    meets at most two rows that are longer than itself, so these may count as rows of BLOCK weights.
+    """
+    first = start // length
+    span = tl.minimum(length, BLOCK)
+    x = (span - tl.minimum((first + 1) * length - start, span)).to(tl.int32) + tl.arange(0, BLOCK)
+    return first, ((x.to(tl.float32) + 0.5) * (1.0 / span.to(tl.float32))).to(tl.int32)
+
+
+# --- launches --------------------------------------------------------------------------------------------------------
+
+
+def unit_sums(parts: Sequence[Tensor]) -> list[Tensor]:
+    """Sum m = |w| and m^2 over every unit w[i] of plain tensors on one device, shape (units, 2) for each, float64."""
+    device = parts[0].device
+    units = [number_of_units(w) for w in parts]
+    result = torch.zeros(sum(units), 2, dtype=torch.float64, device=device)
+    memory = [_in_rows(w) for w in parts]  # copies live until the kernels are launched
+    places = _places(memory, units)
+    with on(device):
+        for launch, rows, columns in _sum_launches(memory):
+            _unit_sum_kernel[(launch.programs,)](
+                *launch.place, launch.rows, *places, result,
+                ROWS=rows, COLUMNS=columns, **launch.options,
+            )  # fmt: skip
+    sums = list(torch.split(result, units))
+    rest = [i for i, w in enumerate(parts) if w.dtype not in DTYPES]
+    for i, own in zip(rest, eager_unit_sums([parts[i] for i in rest]), strict=True):
+        sums[i] = own
+    return sums
+
+
+def shrink_units_(parts: Sequence[Tensor], gain: Tensor, threshold: Tensor, seed: int | Tensor | None) -> None:
+    """Apply w[i] <- gain[i] * softshrink(w[i], threshold[i]) in place to every unit of plain tensors on one device."""
+    device = parts[0].device
+    units = [number_of_units(w) for w in parts]
+    if not len(gain) == len(threshold) == sum(units):  # or the kernel would read what lies behind them
+        raise ValueError(f"got {len(gain)} gains and {len(threshold)} thresholds for {sum(units)} units")
+    rest = [i for i, w in enumerate(parts) if w.dtype not in DTYPES]
+    if rest:
+        own_gain, own_threshold = (of_layers(values, units, rest) for values in (gain, threshold))
+        eager_shrink_units_([parts[i] for i in rest], own_gain, own_threshold, None)
+    gains, thresholds = (values.float().contiguous() for values in (gain, threshold))
+    memory = [_in_rows(w) for w in parts]
+    places = _places(memory, units)
+    live_seed = on_device(seed, device)
+    with on(device):
+        for launch in launches([memory]):
+            _unit_shrink_kernel[(launch.programs,)](
+                *launch.place, launch.rows, *places, gains, thresholds, live_seed,
+                STOCHASTIC=seed is not None and launch.dtype in NARROW, **launch.options,
+            )  # fmt: skip
+    for w, changed in zip(parts, memory, strict=True):
+        if changed.data_ptr() != w.data_ptr():
+            w.copy_(changed)
+        else:
+            written([w])
+
+
+def _in_rows(w: Tensor) -> Tensor:
+    """Return a weight whose rows follow each other in memory, the weight itself where they do, else a copy."""
+    return w if w.dtype not in DTYPES or holds_rows_together(w) else w.contiguous()
+
+
+def _length(w: Tensor, units: int) -> int:
+    return w.numel() // max(1, units)
+
+
+def _places(parts: Sequence[Tensor], units: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Return the length of every layer's rows, and the number of rows in the layers before it, shape (layers,)."""
+    device = parts[0].device
+    lengths = tuple([_length(w, u) for w, u in zip(parts, units, strict=True)])
+    firsts = tuple(accumulate(units[:-1], initial=0))
+    return upload(lengths, torch.int64, device), upload(firsts, torch.int64, device)
+
+
+def _sum_launches(parts: Sequence[Tensor]) -> Iterator[tuple[Launch, int, int]]:
+    """Divide layers into launches of the sums, each with the rows of a program and the columns of a tile.
+
+    A program has about CHUNK weights, in tiles of BLOCK: several rows to a tile, or several tiles to a row.
+    """
+    groups: defaultdict[tuple[torch.dtype, bool, int], list[int]] = defaultdict(list)
+    for i, w in enumerate(parts):
+        if w.dtype in DTYPES and w.numel():
+            length = _length(w, number_of_units(w))
+            aligned = w.data_ptr() % 16 == 0 and length * w.element_size() % 16 == 0
+            groups[w.dtype, aligned, min(CHUNK, triton.next_power_of_2(length))].append(i)
+    for (_, aligned, padded), index in groups.items():
+        rows = CHUNK // padded
+        numbers = [number_of_units(parts[i]) for i in index]
+        yield make_launch([parts], index, rows, numbers, aligned=aligned), rows, min(BLOCK, padded)
