@@ -179,7 +179,8 @@ def naive_(weights: Iterable[Tensor], s: float) -> None:
 
 def _measure(shape: Shape, dtype: str, machine: str, options: argparse.Namespace) -> list[Result]:
     torch.manual_seed(0)
-    model = shape.build().to(options.device, DTYPES[dtype])
+    with torch.device(options.device):  # a billion random numbers take the host a while
+        model = shape.build().to(DTYPES[dtype])
     passes = _forward_and_backward(model, shape, options.device)
     weights = list(model.parameters())
     number = sum(w.numel() for w in weights)
@@ -284,7 +285,8 @@ def peak_of(step: Callable[[], Any], device: str) -> int:
         step()
         return torch.cuda.max_memory_allocated() - before
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler tells of its start and stop
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    cpu = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=cpu, profile_memory=True, acc_events=True) as profile:
         step()
     held = most = 0
     for event in profile.profiler.kineto_results.events():

@@ -103,7 +103,8 @@ class Elsewhere(torch.Tensor):
 
     @staticmethod
     def __new__(cls, inner):
-        return torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype, strides=inner.stride())
+        like = {"dtype": inner.dtype, "strides": inner.stride(), "device": inner.device}
+        return torch.Tensor._make_wrapper_subclass(cls, inner.shape, **like)
 
     def __init__(self, inner):
         self.inner = inner

@@ -6,7 +6,7 @@ import pytest
 import torch
 from reference import plain_moments, plain_shrink
 from torch import nn
-from triton_interpreter import DEVICE, GPU
+from triton_interpreter import DEVICE, GPU, nothing_waits
 
 from wcr_optim import WCR
 from wcr_optim.moments import moments
@@ -322,8 +322,5 @@ def test_nothing_waits_for_the_device():
     for w in ws:
         w.grad = torch.ones_like(w)
     opt.step()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with nothing_waits():
         opt.step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")

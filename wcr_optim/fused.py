@@ -17,7 +17,7 @@ from torch.optim import optimizer as torch_optimizer
 from torch.optim.sgd import sgd
 
 from wcr_optim import backends
-from wcr_optim.layout import as_dtensor, has_address, is_dense, local, stamp
+from wcr_optim.layout import PLAIN, as_dtensor, has_address, is_dense, local, stamp
 from wcr_optim.moments import measure
 from wcr_optim.uploads import select
 
@@ -234,17 +234,13 @@ def _take_out(lists: Sequence[list[Any]], index: Sequence[int]) -> list[list[Any
 
 def _alike(streams: Sequence[Tensor]) -> bool:
     """Return whether element i of one stream's memory belongs to element i of every other's."""
-    first = as_dtensor(streams[0])
-    placements = None if first is None else first.placements
-    w = local(streams[0])
-    if not is_dense(w) or not has_address(w):
-        return False
-    what = (w.dtype, w.device, w.shape, w.stride())
-    for stream in streams[1:]:
-        sharded = as_dtensor(stream)
-        x = local(stream)
-        if (None if sharded is None else sharded.placements) != placements or x.layout != w.layout:
+    parts = streams
+    if not all(type(x) in PLAIN for x in streams):
+        first, *rest = [None if x is None else x.placements for x in map(as_dtensor, streams)]
+        parts = [local(x) for x in streams]
+        if any(placements != first for placements in rest) or not all(map(has_address, parts)):
             return False
-        if not has_address(x) or (x.dtype, x.device, x.shape, x.stride()) != what:
-            return False
-    return True
+    w = parts[0]
+    what = w.dtype, w.device, w.shape, w.stride()
+    alike = [x.layout == w.layout and (x.dtype, x.device, x.shape, x.stride()) == what for x in parts[1:]]
+    return all(alike) and is_dense(w)

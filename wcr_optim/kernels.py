@@ -29,10 +29,10 @@ from wcr_optim.moments import eager_sums
 from wcr_optim.shrink import eager_shrink_
 from wcr_optim.uploads import keep, on, pointers_to, upload
 
-BLOCK = 2048  # weights at a time, 8 for each of a program's threads
-WARPS = 8
-CHUNK = 4 * BLOCK  # weights of a program
-PARTIALS = 1024  # partial sums at a time
+BLOCK = 1024  # weights at a time, 8 for each of a program's threads
+WARPS = 4
+CHUNK = 8 * BLOCK  # weights of a program
+PARTIALS = 4096  # partial sums at a time
 # Philox with 7 rounds passes every statistical test that 10 rounds pass (Salmon et al., SC 2011).
 ROUNDS = tl.constexpr(7)
 NARROW = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
@@ -364,8 +364,9 @@ class Launch(NamedTuple):
     def finish(self, partial: Tensor, sums: Tensor) -> None:
         """Add up programs to layers, into sums of shape (caller's layers, 2)."""
         _finish_kernel[(self.layers,)](
-            self.table, self.layers, partial, self.programs, self.rows, sums, CHUNK=CHUNK, PARTIALS=PARTIALS
-        )
+            self.table, self.layers, partial, self.programs, self.rows, sums,
+            CHUNK=CHUNK, PARTIALS=PARTIALS, num_warps=8,
+        )  # fmt: skip
 
 
 def sums(parts: Sequence[Tensor]) -> Tensor:
@@ -506,10 +507,10 @@ def on_device(seed: int | Tensor | None, device: torch.device) -> Tensor | None:
 def launches(streams: Sequence[Sequence[Tensor]]) -> list[Launch]:
     """Divide layers into launches, by dtype and by whether every address allows loads of 16 bytes."""
     rows: defaultdict[tuple[torch.dtype, bool], list[int]] = defaultdict(list)
-    addresses = [[w.data_ptr() for w in stream] for stream in streams]
-    for i, w in enumerate(streams[0]):
+    for i, layer in enumerate(zip(*streams, strict=True)):
+        w = layer[0]
         if w.dtype in DTYPES and w.numel():
-            rows[w.dtype, all(stream[i] % 16 == 0 for stream in addresses)].append(i)
+            rows[w.dtype, all(x.data_ptr() % 16 == 0 for x in layer)].append(i)
     return [make_launch(streams, index, CHUNK, aligned=aligned) for (_, aligned), index in rows.items()]
 
 

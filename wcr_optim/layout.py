@@ -18,9 +18,13 @@ if TYPE_CHECKING:
 _LINE = 64  # elements; pieces begin where vectors and cache lines do
 
 
+PLAIN = (Tensor, torch.nn.Parameter)
+"""Types of tensors that are whole and lie where they say."""
+
+
 def as_dtensor(tensor: Tensor) -> DTensor | None:
     """Return the tensor when it is sharded or replicated over a device mesh, else None."""
-    if type(tensor) in (Tensor, torch.nn.Parameter) or not torch.distributed.is_available():
+    if type(tensor) in PLAIN or not torch.distributed.is_available():
         return None  # spares the import of torch.distributed.tensor to those who do without
     from torch.distributed.tensor import DTensor
 

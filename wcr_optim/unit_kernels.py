@@ -19,7 +19,6 @@ import triton.language as tl
 from torch import Tensor
 
 from wcr_optim.kernels import (
-    BLOCK,
     CHUNK,
     DTYPES,
     NARROW,
@@ -40,6 +39,9 @@ from wcr_optim.layout import holds_rows_together
 from wcr_optim.units import eager_shrink_units_, eager_unit_sums, number_of_units, of_layers
 from wcr_optim.uploads import on, upload
 
+TILE = 1024  # weights that a program of the sums takes at a time
+TILE_WARPS = 4
+
 # --- kernels ---------------------------------------------------------------------------------------------------------
 
 
@@ -49,7 +51,7 @@ def _unit_sum_kernel(
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     DTYPE: tl.constexpr, ALIGNED: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Sum the rows of a layer, ROWS to a program, in tiles of COLUMNS wide."""
+    """Sum the rows of a layer, ROWS to a program, in tiles of BLOCK weights, COLUMNS wide."""
     HEIGHT: tl.constexpr = BLOCK // COLUMNS
     layer, start, n = where(table, layers, layer_of, ROWS)
     row = tl.load(rows + layer)
@@ -159,7 +161,7 @@ def unit_sums(parts: Sequence[Tensor]) -> list[Tensor]:
         for launch, rows, columns in _sum_launches(memory):
             _unit_sum_kernel[(launch.programs,)](
                 *launch.place, launch.rows, *places, result,
-                ROWS=rows, COLUMNS=columns, **launch.options,
+                ROWS=rows, COLUMNS=columns, **launch.options | {"BLOCK": TILE, "num_warps": TILE_WARPS},
             )  # fmt: skip
     sums = list(torch.split(result, units))
     rest = [i for i, w in enumerate(parts) if w.dtype not in DTYPES]
@@ -215,7 +217,7 @@ def _places(parts: Sequence[Tensor], units: Sequence[int]) -> tuple[Tensor, Tens
 def _sum_launches(parts: Sequence[Tensor]) -> Iterator[tuple[Launch, int, int]]:
     """Divide layers into launches of the sums, each with the rows of a program and the columns of a tile.
 
-    A program has about CHUNK weights, in tiles of BLOCK: several rows to a tile, or several tiles to a row.
+    A program has about CHUNK weights, in tiles of TILE: several rows to a tile, or several tiles to a row.
     """
     groups: defaultdict[tuple[torch.dtype, bool, int], list[int]] = defaultdict(list)
     for i, w in enumerate(parts):
@@ -226,4 +228,4 @@ def _sum_launches(parts: Sequence[Tensor]) -> Iterator[tuple[Launch, int, int]]:
     for (_, aligned, padded), index in groups.items():
         rows = CHUNK // padded
         numbers = [number_of_units(parts[i]) for i in index]
-        yield make_launch([parts], index, rows, numbers, aligned=aligned), rows, min(BLOCK, padded)
+        yield make_launch([parts], index, rows, numbers, aligned=aligned), rows, min(TILE, padded)
