@@ -104,8 +104,11 @@ def test_no_step_waits_for_the_device(make, form, backend, dtype):
     ps = parameters("cuda", dtype)
     opt = make(ps, form, backend)
     run(opt, ps, 3)
-    with nothing_waits():
+    with nothing_waits("warn") as caught:
         run(opt, ps, 3)
+    # SAM and SSAM read one norm a step, to know of a gradient that is not finite before any weight moves.
+    allowed = 0 if isinstance(opt.base, torch.optim.AdamW) else 3
+    assert sum("synchronizing" in str(w.message) for w in caught) <= allowed
 
 
 @pytest.mark.parametrize("cls", [AdamW, SGD])

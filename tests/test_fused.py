@@ -319,6 +319,8 @@ def test_what_the_kernel_cannot_do_is_done_without_it(net_of, backend, cls, opti
 
 
 def test_layers_whose_gradient_lies_otherwise_in_memory_are_left_to_torch(net_of, backend):
+    if backend == "triton" and DEVICE.type == "cuda":
+        pytest.skip("torch's own fused kernel refuses such gradients on CUDA")
     nets = net_of(), net_of()
     bare = torch.optim.AdamW(nets[1].parameters(), lr=0.01, fused=True)
     opts = make(AdamW, nets[0], backend), WCR(bare, 0.1, backend="eager")

@@ -238,12 +238,12 @@ def test_kernels_compile_for_gpus_that_are_not_here():
                     "layers": "i32", "programs": "i32", "lengths": "*i64", "firsts": "*i64"}
         OF_UNITS = POINTERS | {"gains": "*fp32", "thresholds": "*fp32"}
 
-        def compile(kernel, capability, pointers=POINTERS, **constants):
+        def compile(kernel, capability, pointers=POINTERS, num_warps=K.WARPS, **constants):
             names = kernel.arg_names
             signature = {n: "constexpr" if n in constants else pointers.get(n, "fp32") for n in names}
             aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if signature[n].startswith("*")}
             source = ASTSource(kernel, signature, {n: constants[n] for n in names if n in constants}, aligned)
-            options = {"num_warps": K.WARPS, "enable_fp_fusion": False}
+            options = {"num_warps": num_warps, "enable_fp_fusion": False}
             made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
             assert made.asm["cubin"]
             return made.asm["ptx"]
@@ -256,13 +256,14 @@ def test_kernels_compile_for_gpus_that_are_not_here():
             compile(K._adamw_kernel, 80, DTYPE=tl.float32, **nearest, **sizes),
             compile(K._adamw_kernel, 90, DTYPE=tl.bfloat16, STOCHASTIC=True, **sizes),
             compile(K._sgd_kernel, 90, DTYPE=tl.float32, NESTEROV=True, MOMENTUM=True, **nearest, **sizes),
-            compile(U._unit_shrink_kernel, 90, OF_UNITS, DTYPE=tl.float32, **nearest, **sizes),
-            compile(U._unit_shrink_kernel, 80, OF_UNITS, DTYPE=tl.float16, STOCHASTIC=True, **sizes),
-            compile(U._unit_sum_kernel, 90, DTYPE=tl.float32, ROWS=128, COLUMNS=64, **sizes),
-            compile(U._unit_sum_kernel, 80, DTYPE=tl.bfloat16, ROWS=1, COLUMNS=K.BLOCK, **sizes),
+            compile(U._unit_shrink_kernel, 90, OF_UNITS, DTYPE=tl.float32, EACH=4, **nearest, **sizes),
+            compile(U._unit_shrink_kernel, 80, OF_UNITS, DTYPE=tl.float16, STOCHASTIC=True, EACH=1, **sizes),
+            compile(U._unit_sum_kernel, 90, DTYPE=tl.float32, ROWS=32, COLUMNS=64, **sizes | U.OF_SUMS),
+            compile(U._unit_sum_kernel, 80, DTYPE=tl.bfloat16, ROWS=1, COLUMNS=U.TILE, **sizes | U.OF_SUMS),
         ]
         assert all(re.search(r"ld\\.global\\.v4\\.b32", ptx) for ptx in made)
-        compile(U._unit_sum_kernel, 90, DTYPE=tl.float32, ROWS=K.CHUNK, COLUMNS=1, **sizes | {"ALIGNED": False})
+        loose = sizes | U.OF_SUMS | {"ALIGNED": False}
+        compile(U._unit_sum_kernel, 90, DTYPE=tl.float32, ROWS=U.STRETCH, COLUMNS=1, **loose)
         compile(K._finish_kernel, 80, CHUNK=K.CHUNK, PARTIALS=K.PARTIALS)
     """
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}

@@ -223,16 +223,16 @@ def test_more_than_two_to_the_31_weights_by_index_arithmetic(length):
     first = torch.tensor([w.data_ptr() - far * length * w.element_size()], device=DEVICE)
     launch = launch._replace(pointers=first, table=torch.tensor([[far + 2], [-(far // rows)]], device=DEVICE))
     unit_kernels._unit_sum_kernel[(launch.programs,)](
-        *launch.place, launch.rows, *places, sums, ROWS=rows, COLUMNS=columns, **launch.options
+        *launch.place, launch.rows, *places, sums, ROWS=rows, COLUMNS=columns, **launch.options | unit_kernels.OF_SUMS
     )
     assert torch.equal(sums, expected)
-    (launch,) = kernels.launches([[w]])
+    ((launch, each),) = unit_kernels._shrink_launches([w])
     table = torch.tensor([[(far + 2) * length], [-(far * length // chunk)]], device=DEVICE)
     launch = launch._replace(pointers=first, table=table)
     gain, threshold = torch.tensor([1.5, 0.5], device=DEVICE), torch.tensor([0.2, 0.1], device=DEVICE)
     expected = torch.stack([plain_shrink(row, g, t) for row, g, t in zip(w, (1.5, 0.5), (0.2, 0.1), strict=True)])
     unit_kernels._unit_shrink_kernel[(launch.programs,)](
-        *launch.place, launch.rows, *places, gain, threshold, None, STOCHASTIC=False, **launch.options
+        *launch.place, launch.rows, *places, gain, threshold, None, EACH=each, STOCHASTIC=False, **launch.options
     )
     torch.testing.assert_close(w, expected)
 
@@ -243,7 +243,7 @@ def test_a_row_of_more_than_two_to_the_31_weights_by_index_arithmetic():
     start = 2**31 - kernels.CHUNK  # of the weights that exist
     border = length - start
     w = torch.randn(border + 1000, device=DEVICE)
-    (launch,) = kernels.launches([[w]])
+    ((launch, each),) = unit_kernels._shrink_launches([w])
     launch = launch._replace(
         pointers=torch.tensor([w.data_ptr() - start * w.element_size()], device=DEVICE),
         table=torch.tensor([[start + len(w)], [-(start // kernels.CHUNK)]], device=DEVICE),
@@ -252,7 +252,7 @@ def test_a_row_of_more_than_two_to_the_31_weights_by_index_arithmetic():
     gain, threshold = torch.tensor([1.5, 0.5], device=DEVICE), torch.tensor([0.2, 0.1], device=DEVICE)
     expected = torch.cat([plain_shrink(w[:border], 1.5, 0.2), plain_shrink(w[border:], 0.5, 0.1)])
     unit_kernels._unit_shrink_kernel[(launch.programs,)](
-        *launch.place, launch.rows, *places, gain, threshold, None, STOCHASTIC=False, **launch.options
+        *launch.place, launch.rows, *places, gain, threshold, None, EACH=each, STOCHASTIC=False, **launch.options
     )
     torch.testing.assert_close(w, expected)
 

@@ -19,7 +19,7 @@ from torch.optim.sgd import sgd
 from wcr_optim import backends
 from wcr_optim.layout import PLAIN, as_dtensor, has_address, is_dense, local, stamp
 from wcr_optim.moments import measure
-from wcr_optim.uploads import select
+from wcr_optim.uploads import is_capturing, select
 
 
 class Known(NamedTuple):
@@ -71,6 +71,8 @@ class FusedUpdate(Optimizer):
 
     def sums(self, layers: Sequence[Tensor], backend: str) -> Tensor:
         """Return this rank's sums of m and m^2, shape (layers, 2), measuring those that the last step did not."""
+        if _is_captured(layers):  # replays know nothing of who wrote into weights between them, so they measure
+            return measure([local(w) for w in layers], backend)
         known = [self._known[w] for w in layers if self._is_known(w)]
         if len(known) == len(layers) and all(k.sums is known[0].sums for k in known):
             return select(known[0].sums, [k.row for k in known])
@@ -127,7 +129,8 @@ class FusedUpdate(Optimizer):
             layers = own[0]
             self._calls += 1
             sums = self._update(group, own, shrinks.of(layers, self._calls))
-            self._known.update({w: Known(sums, row, stamp(w)) for row, w in enumerate(layers)})
+            if not _is_captured(layers):
+                self._known.update({w: Known(sums, row, stamp(w)) for row, w in enumerate(layers)})
         return result
 
     def _streams(self, w: Tensor, group: dict[str, Any]) -> list[Tensor] | None:
@@ -221,6 +224,11 @@ class FusedSGD(FusedUpdate, torch.optim.SGD):
             maximize=group["maximize"],
             seed=shrinks.seed,
         )
+
+
+def _is_captured(layers: Sequence[Tensor]) -> bool:
+    """Return whether what is done to layers is captured into a CUDA graph, to be done at its replays."""
+    return bool(layers) and is_capturing(local(layers[0]).device)
 
 
 def _take_out(lists: Sequence[list[Any]], index: Sequence[int]) -> list[list[Any]]:

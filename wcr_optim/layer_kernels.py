@@ -34,11 +34,17 @@ BLOCK = 128  # layers, or units, of a program
 INVERSE_VARIANCE, SCALE_FREE, RELATIVE, HOYER = map(tl.constexpr, range(4))
 KINDS = {InverseVariance: INVERSE_VARIANCE, ScaleFree: SCALE_FREE, PerUnit: SCALE_FREE, Relative: RELATIVE,
          HoyerSquare: HOYER}  # fmt: skip
+# Triton takes a number beside a tensor for a float32 one, whatever the tensor: the kernels make them float64 first.
 SMALLEST = tl.constexpr(MIN_RELATIVE_VARIANCE)
 LONGEST = tl.constexpr(MAX_SIGMA)
 LOWEST = tl.constexpr(-1 + 2.0**-53)  # what log1p takes
 NOTHING_LEFT = tl.constexpr(-800.0)  # ln of what is 0 in float64
 HUGE = tl.constexpr(1e300)
+
+
+@triton.jit
+def _wide(number: tl.constexpr):
+    return tl.full((), number, tl.float64)
 
 
 @triton.jit
@@ -62,7 +68,7 @@ def _energy_preserving(mu, q, v, s, MOST: tl.constexpr, KIND: tl.constexpr):
     r = x / q
     sigma = 4.0 * s
     if KIND != RELATIVE:
-        sigma = tl.minimum(sigma / q, LONGEST)
+        sigma = tl.minimum(sigma / q, _wide(LONGEST))
     if KIND == HOYER:
         delta = -sigma - _log1p(r * _expm1(-sigma))
     else:
@@ -71,8 +77,8 @@ def _energy_preserving(mu, q, v, s, MOST: tl.constexpr, KIND: tl.constexpr):
         for _ in tl.static_range(4):
             fallen = r * _expm1(delta)
             delta = delta - (delta - fallen + sigma) / (slack - fallen)
-    bound = -MOST * v / x
-    delta = tl.maximum(delta, tl.where(bound <= -1.0, NOTHING_LEFT, _log1p(tl.maximum(bound, LOWEST))))
+    bound = -_wide(MOST) * v / x
+    delta = tl.maximum(delta, tl.where(bound <= -1.0, NOTHING_LEFT, _log1p(tl.maximum(bound, _wide(LOWEST)))))
     log_gain = _log1p(-x / v * _expm1(delta)) / 2
     return tl.exp(log_gain), -mu * _expm1(delta / 2 - log_gain)
 
@@ -90,13 +96,14 @@ def _flow_kernel(
     finite = square < float("inf")
     mean, square = tl.where(finite, mean, 0.0), tl.where(finite, square, 0.0)
     variance = square - mean * mean
-    spread = variance > SMALLEST * square
+    spread = variance > _wide(SMALLEST) * square
     # Any numbers that give no NaN, where the result does not count
     mean, square, variance = tl.where(spread, mean, 1.0), tl.where(spread, square, 2.0), tl.where(spread, variance, 1.0)
     if KIND == INVERSE_VARIANCE:
         number = tl.load(n + at, mask=here, other=1.0)
-        growth = 8.0 * length / (number * (variance + EPS) * (variance + EPS))
-        log_gain = tl.minimum(_log1p(tl.minimum(growth, HUGE)) / 4, MOST_LOG)
+        smoothed = variance + _wide(EPS)
+        growth = 8.0 * length / (number * smoothed * smoothed)
+        log_gain = tl.minimum(_log1p(tl.minimum(growth, _wide(HUGE))) / 4, _wide(MOST_LOG))
         g, t = tl.exp(log_gain), -mean * _expm1(-log_gain)
     else:
         g, t = _energy_preserving(mean, square, variance, length, MOST, KIND)

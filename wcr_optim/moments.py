@@ -124,15 +124,15 @@ def eager_sums(parts: Sequence[Tensor]) -> Tensor:
 
 def foreach_sums(parts: Sequence[Tensor]) -> Tensor:
     """`measure` where a call is dear and memory is fast."""
-    to = accumulator(parts[0].device)
-    index = [i for i, w in enumerate(parts) if w.numel()]
-    sums = torch.zeros(len(parts), 2, dtype=to, device=parts[0].device)
-    for dtype in {compute_dtype(parts[i]) for i in index}:
-        same = [i for i in index if compute_dtype(parts[i]) == dtype]
-        layers = [parts[i] for i in same]
-        norms = [torch.stack(torch._foreach_norm(layers, order, dtype=dtype)).to(to) for order in (1, 2)]
-        sums[same] = torch.stack([norms[0], norms[1].square()], dim=1)
-    return sums
+    device, to = parts[0].device, accumulator(parts[0].device)
+    result = torch.zeros(len(parts), 2, dtype=to, device=device)
+    for dtype in {compute_dtype(w) for w in parts}:
+        index = [i for i, w in enumerate(parts) if w.numel() and compute_dtype(w) == dtype]
+        if index:
+            layers = [parts[i] for i in index]
+            sums, roots = (torch.stack(torch._foreach_norm(layers, order, dtype=dtype)).to(to) for order in (1, 2))
+            result.index_copy_(0, upload(tuple(index), torch.int64, device), torch.stack([sums, roots.square()], dim=1))
+    return result
 
 
 def compute_dtype(w: Tensor) -> torch.dtype:

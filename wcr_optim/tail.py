@@ -18,8 +18,10 @@ from torch import Tensor
 
 from wcr_optim.layout import as_dtensor, flat, local, sum_over_shards
 from wcr_optim.moments import accumulator
+from wcr_optim.uploads import keep, upload
 
-_CHUNK = 2**18  # weights of which copies are made at a time
+_CHUNK = 2**18  # weights of which copies are made at a time, for the CPU's caches
+_DEVICE_CHUNK = 2**24  # elsewhere, where only the copies' memory counts
 _DROPPED_BITS = 18
 _BUCKETS = 2 ** (31 - _DROPPED_BITS)
 _INFINITE = 0x7F80_0000 >> _DROPPED_BITS  # the first bucket that holds no finite number
@@ -52,7 +54,7 @@ def tail_energies(sets: Sequence[Sequence[Tensor]], sparsity: float) -> Tensor:
     device = rows[0].device
     rows_of_all = sum_over_shards(torch.stack([row.to(device) for row in rows]), examples)
     counts = torch.zeros(len(sets), _BUCKETS, dtype=torch.int64, device=device)
-    counts.index_add_(0, torch.tensor(owners, device=device), rows_of_all)
+    counts.index_add_(0, upload(tuple(owners), torch.int64, device), rows_of_all)
     return _energies(counts.to(accumulator(device)), sparsity)
 
 
@@ -67,7 +69,7 @@ def _by_layout(tensors: Sequence[Tensor]) -> dict[Any, list[Tensor]]:
 
 
 def _count(weights: Tensor, counts: Tensor) -> None:
-    for chunk in torch.split(flat(local(weights)), _CHUNK):
+    for chunk in torch.split(flat(local(weights)), _CHUNK if counts.device.type == "cpu" else _DEVICE_CHUNK):
         bucket = (chunk.float().view(torch.int32) & 0x7FFF_FFFF) >> _DROPPED_BITS
         if bucket.device.type == "cpu":
             counts += torch.from_numpy(np.bincount(bucket.numpy(), minlength=_BUCKETS))
@@ -81,7 +83,7 @@ def _energies(counts: Tensor, sparsity: float) -> Tensor:
     """Sum energy over buckets, taking the weights of one bucket as spread evenly over it."""
     below = counts.cumsum(1)
     pruned = ((sparsity * below[:, -1:]).round() - (below - counts)).clamp(min=0).minimum(counts)
-    squares = _mean_squares().to(counts)
+    squares = keep("mean squares of buckets", counts.device, lambda: _mean_squares().to(counts.dtype))
     energies = [torch.where(n > 0, n * squares, 0.0).sum(1) for n in (pruned, counts)]
     return torch.stack(energies, dim=1)
 

@@ -20,6 +20,7 @@ from wcr_optim.penalties import InverseVariance, Penalty
 from wcr_optim.strength import Strengths, check_total_steps
 from wcr_optim.tail import tail_energies
 from wcr_optim.trend import LossTrend
+from wcr_optim.uploads import upload
 from wcr_optim.wrapper import LR_FACTOR
 
 if TYPE_CHECKING:
@@ -623,5 +624,5 @@ def _moments(weights: Sequence[Tensor], device: torch.device) -> Tensor:
     result = torch.empty(3, len(weights), dtype=accumulator(device), device=device)
     for indices in places.values():
         found = torch.stack(list(moments([weights[index] for index in indices])))
-        result[:, indices] = found.to(result)
+        result.index_copy_(1, upload(tuple(indices), torch.int64, device), found.to(result))
     return result

@@ -69,7 +69,10 @@ class LossTrend:
 
     def window(self, device: torch.device, dtype: torch.dtype) -> Tensor:
         """Close the window: return its mean, NaN if it is empty; shape ()."""
-        total = torch.as_tensor(self._sum, dtype=dtype, device=device)
+        if isinstance(self._sum, Tensor):
+            total = self._sum.to(device, dtype)
+        else:  # a number travels in the kernel's arguments, where a copy of it would be waited for
+            total = torch.full((), self._sum, dtype=dtype, device=device)
         mean = total / self._count if self._count else torch.full_like(total, math.nan)
         self._sum, self._count = 0.0, 0
         return mean

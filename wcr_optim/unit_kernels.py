@@ -23,7 +23,6 @@ from wcr_optim.kernels import (
     DTYPES,
     NARROW,
     Launch,
-    launches,
     left,
     make_launch,
     on_device,
@@ -39,8 +38,12 @@ from wcr_optim.layout import holds_rows_together
 from wcr_optim.units import eager_shrink_units_, eager_unit_sums, number_of_units, of_layers
 from wcr_optim.uploads import on, upload
 
-TILE = 1024  # weights that a program of the sums takes at a time
-TILE_WARPS = 4
+# A program of the sums is one warp, which needs no other to add up a row.
+TILE = 1024  # weights that it takes at a time
+TILE_WARPS = 1
+STRETCH = 2 * TILE  # weights of a program, more only where a row has more
+OF_SUMS = {"CHUNK": STRETCH, "BLOCK": TILE, "num_warps": TILE_WARPS}
+LOAD = 16  # bytes of weights that a thread takes side by side
 
 # --- kernels ---------------------------------------------------------------------------------------------------------
 
@@ -89,7 +92,7 @@ def _tile_sums(w, unit, n, length, STRETCH: tl.constexpr, COLUMNS: tl.constexpr,
 
 @triton.jit(do_not_specialize=["layers"])
 def _unit_shrink_kernel(
-    pointers, table, layers, layer_of, rows, lengths, firsts, gains, thresholds, seed,
+    pointers, table, layers, layer_of, rows, lengths, firsts, gains, thresholds, seed, EACH: tl.constexpr,
     DTYPE: tl.constexpr, ALIGNED: tl.constexpr, STOCHASTIC: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     layer, start, n = where(table, layers, layer_of, CHUNK)
@@ -100,25 +103,26 @@ def _unit_shrink_kernel(
         for block in tl.static_range(0, CHUNK, BLOCK):
             _unit_shrink_block(
                 w, start + block, n, length, gains + first, thresholds + first, seed, row,
-                True, DTYPE, STOCHASTIC, BLOCK,
+                EACH, True, DTYPE, STOCHASTIC, BLOCK,
             )  # fmt: skip
     else:
         for block in range(0, left(start, n, CHUNK), BLOCK):
             _unit_shrink_block(
                 w, start + block, n, length, gains + first, thresholds + first, seed, row,
-                False, DTYPE, STOCHASTIC, BLOCK,
+                EACH, False, DTYPE, STOCHASTIC, BLOCK,
             )  # fmt: skip
 
 
 @triton.jit
 def _unit_shrink_block(
     w, start, n, length, gains, thresholds, seed, layer,
-    WHOLE: tl.constexpr, DTYPE: tl.constexpr, STOCHASTIC: tl.constexpr, BLOCK: tl.constexpr,
+    EACH: tl.constexpr, WHOLE: tl.constexpr, DTYPE: tl.constexpr, STOCHASTIC: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     at = start + tl.arange(0, BLOCK)
-    first, beyond = _unit_of(start, length, BLOCK)
-    gain = _look_up(gains + first, beyond, at < n, WHOLE)
-    threshold = _look_up(thresholds + first, beyond, at < n, WHOLE)
+    first, beyond = _unit_of(start, length, EACH, BLOCK)
+    inside = start + EACH * tl.arange(0, BLOCK // EACH) < n
+    gain = _look_up(gains + first, beyond, inside, EACH, WHOLE, BLOCK)
+    threshold = _look_up(thresholds + first, beyond, inside, EACH, WHOLE, BLOCK)
     before = read(w, at, n, WHOLE)
     x = shrunk(before, gain, threshold)
     if DTYPE != tl.float32:
@@ -128,22 +132,24 @@ def _unit_shrink_block(
 
 
 @triton.jit
-def _look_up(values, index, inside, WHOLE: tl.constexpr):
-    if WHOLE:
-        return tl.load(values + index)
-    return tl.load(values + index, mask=inside, other=0.0)
+def _look_up(values, index, inside, EACH: tl.constexpr, WHOLE: tl.constexpr, BLOCK: tl.constexpr):
+    """Return what belongs to each weight of a block, given where it stands for every EACH of them."""
+    found = tl.load(values + index) if WHOLE else tl.load(values + index, mask=inside, other=0.0)
+    if EACH == 1:
+        return found
+    return tl.reshape(tl.broadcast_to(tl.expand_dims(found, 1), (BLOCK // EACH, EACH)), (BLOCK,))
 
 
 @triton.jit
-def _unit_of(start, length, BLOCK: tl.constexpr):
-    """Return the row in which a block begins, and how many rows further each of its weights lies, int32.
+def _unit_of(start, length, EACH: tl.constexpr, BLOCK: tl.constexpr):
+    """Return the row in which a block begins, and how many rows further every EACH of its weights lie, int32.
 
     The division is one of floats, exact since x + 1/2 is half a weight off every whole row and x < 2 BLOCK. A block
     meets at most two rows that are longer than itself, so these may count as rows of BLOCK weights.
     """
     first = start // length
     span = tl.minimum(length, BLOCK)
-    x = (span - tl.minimum((first + 1) * length - start, span)).to(tl.int32) + tl.arange(0, BLOCK)
+    x = (span - tl.minimum((first + 1) * length - start, span)).to(tl.int32) + EACH * tl.arange(0, BLOCK // EACH)
     return first, ((x.to(tl.float32) + 0.5) * (1.0 / span.to(tl.float32))).to(tl.int32)
 
 
@@ -161,7 +167,7 @@ def unit_sums(parts: Sequence[Tensor]) -> list[Tensor]:
         for launch, rows, columns in _sum_launches(memory):
             _unit_sum_kernel[(launch.programs,)](
                 *launch.place, launch.rows, *places, result,
-                ROWS=rows, COLUMNS=columns, **launch.options | {"BLOCK": TILE, "num_warps": TILE_WARPS},
+                ROWS=rows, COLUMNS=columns, **launch.options | OF_SUMS,
             )  # fmt: skip
     sums = list(torch.split(result, units))
     rest = [i for i, w in enumerate(parts) if w.dtype not in DTYPES]
@@ -185,9 +191,9 @@ def shrink_units_(parts: Sequence[Tensor], gain: Tensor, threshold: Tensor, seed
     places = _places(memory, units)
     live_seed = on_device(seed, device)
     with on(device):
-        for launch in launches([memory]):
+        for launch, each in _shrink_launches(memory):
             _unit_shrink_kernel[(launch.programs,)](
-                *launch.place, launch.rows, *places, gains, thresholds, live_seed,
+                *launch.place, launch.rows, *places, gains, thresholds, live_seed, EACH=each,
                 STOCHASTIC=seed is not None and launch.dtype in NARROW, **launch.options,
             )  # fmt: skip
     for w, changed in zip(parts, memory, strict=True):
@@ -214,18 +220,30 @@ def _places(parts: Sequence[Tensor], units: Sequence[int]) -> tuple[Tensor, Tens
     return upload(lengths, torch.int64, device), upload(firsts, torch.int64, device)
 
 
+def _shrink_launches(parts: Sequence[Tensor]) -> Iterator[tuple[Launch, int]]:
+    """Divide layers into launches of the shrink, each with the number of weights that are sure to share a row."""
+    groups: defaultdict[tuple[torch.dtype, bool, int], list[int]] = defaultdict(list)
+    for i, w in enumerate(parts):
+        if w.dtype in DTYPES and w.numel():
+            together = LOAD // w.element_size()
+            each = together if _length(w, number_of_units(w)) % together == 0 else 1
+            groups[w.dtype, w.data_ptr() % LOAD == 0, each].append(i)
+    for (_, aligned, each), index in groups.items():
+        yield make_launch([parts], index, CHUNK, aligned=aligned), each
+
+
 def _sum_launches(parts: Sequence[Tensor]) -> Iterator[tuple[Launch, int, int]]:
     """Divide layers into launches of the sums, each with the rows of a program and the columns of a tile.
 
-    A program has about CHUNK weights, in tiles of TILE: several rows to a tile, or several tiles to a row.
+    A program has about STRETCH weights, in tiles of TILE: several rows to a tile, or several tiles to a row.
     """
     groups: defaultdict[tuple[torch.dtype, bool, int], list[int]] = defaultdict(list)
     for i, w in enumerate(parts):
         if w.dtype in DTYPES and w.numel():
             length = _length(w, number_of_units(w))
-            aligned = w.data_ptr() % 16 == 0 and length * w.element_size() % 16 == 0
-            groups[w.dtype, aligned, min(CHUNK, triton.next_power_of_2(length))].append(i)
+            aligned = w.data_ptr() % LOAD == 0 and length * w.element_size() % LOAD == 0
+            groups[w.dtype, aligned, min(STRETCH, triton.next_power_of_2(length))].append(i)
     for (_, aligned, padded), index in groups.items():
-        rows = CHUNK // padded
+        rows = STRETCH // padded
         numbers = [number_of_units(parts[i]) for i in index]
         yield make_launch([parts], index, rows, numbers, aligned=aligned), rows, min(TILE, padded)
