@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
 import torch
 
 
@@ -11,3 +14,8 @@ def settle(device: str) -> None:
         return
     torch.backends.cuda.matmul.allow_tf32 = True
     torch.backends.cudnn.allow_tf32 = True
+
+
+def mixed_precision(device: str) -> AbstractContextManager[Any]:
+    """Return a context for a loss: on a CUDA device in bfloat16 wherever autocast finds it safe, else as it is."""
+    return torch.autocast("cuda", torch.bfloat16) if device == "cuda" else nullcontext()

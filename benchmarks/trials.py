@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from benchmarks import tasks
 from benchmarks.curvature import largest_eigenvalue
-from benchmarks.devices import settle
+from benchmarks.devices import mixed_precision, settle
 from benchmarks.methods import Method
 from benchmarks.tasks import SPARSITIES, Task
 from wcr_optim import pruning
@@ -142,7 +142,8 @@ def train(trial: Trial, device: str = "cpu", progress: Callable[[], None] = lamb
             nonlocal evaluations
             evaluations += 1
             optimizer.zero_grad()
-            loss = task.loss(network, batch)
+            with mixed_precision(device):
+                loss = task.loss(network, batch)
             loss.backward()
             return loss
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from benchmarks.devices import settle
+from benchmarks.devices import mixed_precision, settle
 from benchmarks.tasks import Task
 
 CACHE = Path("results/cache")
@@ -65,7 +65,7 @@ class Size:
 
 
 SMALL = Size("language", 96, 256, 3, 4, 64, 8, 400, 1e-3, 16, 2500, 2e-3, 384)  # 0.38 M parameters, 0.33 M prunable
-LARGE = Size("language_25m", 512, 1408, 8, 8, 512, 32, 600, 3e-4, 64, 2000, 1e-3, 384, 1)  # 25.96 M, 25.69 M prunable
+LARGE = Size("language_25m", 512, 1408, 8, 8, 512, 16, 300, 3e-4, 64, 1000, 1e-3, 384, 1)  # 25.96 M, 25.69 M prunable
 
 
 class Corpus(NamedTuple):
@@ -173,7 +173,9 @@ def pretrained(seed: int, folder: Path, size: Size = SMALL) -> nn.Module:
     windows = batches(load().pretrain, size.context, size.pretraining_batch, seed, size.pretraining_steps)
     for batch in windows:
         optimizer.zero_grad()
-        loss(network, batch.to(device)).backward()
+        with mixed_precision(device):
+            of_batch = loss(network, batch.to(device))
+        of_batch.backward()
         nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         optimizer.step()
         warm_up.step() if warm_up.last_epoch < 100 else cosine.step()
