@@ -108,7 +108,7 @@ def test_no_step_waits_for_the_device(make, form, backend, dtype):
         run(opt, ps, 3)
     # SAM and SSAM read one norm a step, to know of a gradient that is not finite before any weight moves.
     allowed = 0 if isinstance(opt.base, torch.optim.AdamW) else 3
-    assert sum("synchronizing" in str(w.message) for w in caught) <= allowed
+    assert sum("called a synchronizing" in str(w.message) for w in caught) <= allowed
 
 
 @pytest.mark.parametrize("cls", [AdamW, SGD])
@@ -131,7 +131,7 @@ def test_sparsity_target_waits_once_a_measurement():
         loss = ps[0].detach().square().mean()
         with nothing_waits("warn") as caught:
             target.step(loss)
-        waits.append(sum("synchronizing" in str(w.message) for w in caught))
+        waits.append(sum("called a synchronizing" in str(w.message) for w in caught))
     assert max(waits[5:]) <= 1
     assert sum(waits[5:]) <= 35 / 5 + 1
 
@@ -240,7 +240,8 @@ def test_a_network_trains_under_a_target_is_pruned_and_goes_on_from_a_checkpoint
 
             target.step(opt.step(closure))
 
-    train(net, opt, target, 100)
+    with torch.backends.cudnn.flags(deterministic=True, allow_tf32=False):
+        train(net, opt, target, 100)
     torch.save([net.state_dict(), opt.state_dict(), target.state_dict()], tmp_path / "at100.pt")
     resumed = Net().cuda()
     opt2 = make(param_groups(resumed))
@@ -249,9 +250,10 @@ def test_a_network_trains_under_a_target_is_pruned_and_goes_on_from_a_checkpoint
     for thing, state in zip((resumed, opt2, target2), saved, strict=True):
         thing.load_state_dict(state)
     assert target2.strengths() == target.strengths()
-    train(net, opt, target, 20)
-    train(resumed, opt2, target2, 20)
-    torch.testing.assert_close(list(resumed.parameters()), list(net.parameters()), rtol=1e-2, atol=1e-3)
+    with torch.backends.cudnn.flags(deterministic=True, allow_tf32=False):
+        train(net, opt, target, 20)
+        train(resumed, opt2, target2, 20)
+    torch.testing.assert_close(list(resumed.parameters()), list(net.parameters()), rtol=1e-4, atol=1e-5)
     with torch.no_grad():
         before = (net(x).argmax(1) == y).float().mean().item()
         on_cpu = pruning.magnitude_masks(copy.deepcopy(net).cpu(), 0.8)

@@ -249,6 +249,7 @@ def test_kernels_compile_for_gpus_that_are_not_here():
             return made.asm["ptx"]
 
         sizes = {"CHUNK": K.CHUNK, "BLOCK": K.BLOCK, "ALIGNED": True}
+        of_sums = {"CHUNK": 16 * U.WIDTH, "BLOCK": U.TILE, "ALIGNED": True, "num_warps": 1}
         nearest = {"STOCHASTIC": False, "seed": None}
         made = [
             compile(K._sum_kernel, 90, DTYPE=tl.float32, **sizes),
@@ -258,12 +259,11 @@ def test_kernels_compile_for_gpus_that_are_not_here():
             compile(K._sgd_kernel, 90, DTYPE=tl.float32, NESTEROV=True, MOMENTUM=True, **nearest, **sizes),
             compile(U._unit_shrink_kernel, 90, OF_UNITS, DTYPE=tl.float32, EACH=4, **nearest, **sizes),
             compile(U._unit_shrink_kernel, 80, OF_UNITS, DTYPE=tl.float16, STOCHASTIC=True, EACH=1, **sizes),
-            compile(U._unit_sum_kernel, 90, DTYPE=tl.float32, ROWS=32, COLUMNS=64, **sizes | U.OF_SUMS),
-            compile(U._unit_sum_kernel, 80, DTYPE=tl.bfloat16, ROWS=1, COLUMNS=U.TILE, **sizes | U.OF_SUMS),
+            compile(U._unit_sum_kernel, 90, DTYPE=tl.float32, ROWS=64, COLUMNS=64, **of_sums),
+            compile(U._unit_sum_kernel, 80, DTYPE=tl.bfloat16, ROWS=8, COLUMNS=U.WIDTH, **of_sums),
         ]
         assert all(re.search(r"ld\\.global\\.v4\\.b32", ptx) for ptx in made)
-        loose = sizes | U.OF_SUMS | {"ALIGNED": False}
-        compile(U._unit_sum_kernel, 90, DTYPE=tl.float32, ROWS=U.STRETCH, COLUMNS=1, **loose)
+        compile(U._unit_sum_kernel, 90, DTYPE=tl.float32, ROWS=4096, COLUMNS=1, **of_sums | {"ALIGNED": False})
         compile(K._finish_kernel, 80, CHUNK=K.CHUNK, PARTIALS=K.PARTIALS)
     """
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}

@@ -217,14 +217,14 @@ def test_more_than_two_to_the_31_weights_by_index_arithmetic(length):
     far = -(-(2**31) // (chunk * length)) * chunk  # rows, whole programs of either kernel
     w = torch.randn(2, length, device=DEVICE)
     places = torch.tensor([length], device=DEVICE), torch.tensor([-far], device=DEVICE)
-    ((launch, rows, columns),) = unit_kernels._sum_launches([w])
+    ((launch, options),) = unit_kernels._sum_launches([w])
     sums = torch.zeros(2, 2, dtype=torch.float64, device=DEVICE)
     expected = unit_kernels.unit_sums([w])[0]
     first = torch.tensor([w.data_ptr() - far * length * w.element_size()], device=DEVICE)
-    launch = launch._replace(pointers=first, table=torch.tensor([[far + 2], [-(far // rows)]], device=DEVICE))
-    unit_kernels._unit_sum_kernel[(launch.programs,)](
-        *launch.place, launch.rows, *places, sums, ROWS=rows, COLUMNS=columns, **launch.options | unit_kernels.OF_SUMS
+    launch = launch._replace(
+        pointers=first, table=torch.tensor([[far + 2], [-(far // options["ROWS"])]], device=DEVICE)
     )
+    unit_kernels._unit_sum_kernel[(launch.programs,)](*launch.place, launch.rows, *places, sums, **options)
     assert torch.equal(sums, expected)
     ((launch, each),) = unit_kernels._shrink_launches([w])
     table = torch.tensor([[(far + 2) * length], [-(far * length // chunk)]], device=DEVICE)

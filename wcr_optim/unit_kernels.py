@@ -12,12 +12,14 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from wcr_optim import kernels
 from wcr_optim.kernels import (
     CHUNK,
     DTYPES,
@@ -40,9 +42,10 @@ from wcr_optim.uploads import on, upload
 
 # A program of the sums is one warp, which needs no other to add up a row.
 TILE = 1024  # weights that it takes at a time
-TILE_WARPS = 1
-STRETCH = 2 * TILE  # weights of a program, more only where a row has more
-OF_SUMS = {"CHUNK": STRETCH, "BLOCK": TILE, "num_warps": TILE_WARPS}
+WIDTH = 128  # of a tile at most
+STRETCH = 16  # tiles across that are added up in float32
+# Rows this long, where there are few of them, go to many programs each, as a layer's weights do.
+LONG, FEW = 2**14, 256
 LOAD = 16  # bytes of weights that a thread takes side by side
 
 # --- kernels ---------------------------------------------------------------------------------------------------------
@@ -64,7 +67,7 @@ def _unit_sum_kernel(
     w = stream(pointers, layers, layer, 0, DTYPE, ALIGNED)
     for tile in range(0, left(start, n, ROWS), HEIGHT):
         unit = start + tile + tl.arange(0, HEIGHT)
-        magnitude, square = _tile_sums(w, unit, n, length, CHUNK // ROWS, COLUMNS, HEIGHT)
+        magnitude, square = _tile_sums(w, unit, n, length, CHUNK, COLUMNS, HEIGHT)
         at = sums + 2 * (first + unit)
         tl.store(at, magnitude, mask=unit < n)
         tl.store(at + 1, square, mask=unit < n)
@@ -72,15 +75,15 @@ def _unit_sum_kernel(
 
 @triton.jit
 def _tile_sums(w, unit, n, length, STRETCH: tl.constexpr, COLUMNS: tl.constexpr, HEIGHT: tl.constexpr):
-    """Sum m and m^2 over whole rows, in float32 over at most CHUNK / BLOCK weights, in float64 from there on."""
+    """Sum m and m^2 over whole rows, in float32 over STRETCH weights, in float64 from there on."""
     magnitude = tl.zeros((HEIGHT,), tl.float64)
     square = tl.zeros((HEIGHT,), tl.float64)
     at = w + (unit * length)[:, None]  # 64 bits: a layer can have more than 2^31 weights
-    for column in range(0, length, STRETCH):
+    for begin in range(0, length, STRETCH):
         magnitudes = tl.zeros((HEIGHT, COLUMNS), tl.float32)
         squares = tl.zeros((HEIGHT, COLUMNS), tl.float32)
-        for step in tl.static_range(0, STRETCH, COLUMNS):
-            columns = (column + step + tl.arange(0, COLUMNS))[None, :]
+        for column in range(begin, tl.minimum(begin + STRETCH, length), COLUMNS):
+            columns = (column + tl.arange(0, COLUMNS))[None, :]
             inside = (unit < n)[:, None] & (columns < length)
             m = tl.abs(tl.load(at + columns, mask=inside, other=0.0).to(tl.float32))
             magnitudes += m
@@ -164,12 +167,14 @@ def unit_sums(parts: Sequence[Tensor]) -> list[Tensor]:
     memory = [_in_rows(w) for w in parts]  # copies live until the kernels are launched
     places = _places(memory, units)
     with on(device):
-        for launch, rows, columns in _sum_launches(memory):
-            _unit_sum_kernel[(launch.programs,)](
-                *launch.place, launch.rows, *places, result,
-                ROWS=rows, COLUMNS=columns, **launch.options | OF_SUMS,
-            )  # fmt: skip
+        for launch, options in _sum_launches(memory):
+            _unit_sum_kernel[(launch.programs,)](*launch.place, launch.rows, *places, result, **options)
     sums = list(torch.split(result, units))
+    long = [i for i, w in enumerate(memory) if _is_long(w)]
+    if long:
+        rows = kernels.sums([row for i in long for row in memory[i].unbind()])
+        for i, own in zip(long, torch.split(rows, [units[i] for i in long]), strict=True):
+            sums[i] = own
     rest = [i for i, w in enumerate(parts) if w.dtype not in DTYPES]
     for i, own in zip(rest, eager_unit_sums([parts[i] for i in rest]), strict=True):
         sums[i] = own
@@ -232,18 +237,25 @@ def _shrink_launches(parts: Sequence[Tensor]) -> Iterator[tuple[Launch, int]]:
         yield make_launch([parts], index, CHUNK, aligned=aligned), each
 
 
-def _sum_launches(parts: Sequence[Tensor]) -> Iterator[tuple[Launch, int, int]]:
-    """Divide layers into launches of the sums, each with the rows of a program and the columns of a tile.
+def _sum_launches(parts: Sequence[Tensor]) -> Iterator[tuple[Launch, dict[str, Any]]]:
+    """Divide layers into launches of the sums, with the constants of each.
 
-    A program has about STRETCH weights, in tiles of TILE: several rows to a tile, or several tiles to a row.
+    A program has one tile of rows, or several tiles where they are short.
     """
     groups: defaultdict[tuple[torch.dtype, bool, int], list[int]] = defaultdict(list)
     for i, w in enumerate(parts):
-        if w.dtype in DTYPES and w.numel():
+        if w.dtype in DTYPES and w.numel() and not _is_long(w):
             length = _length(w, number_of_units(w))
             aligned = w.data_ptr() % LOAD == 0 and length * w.element_size() % LOAD == 0
-            groups[w.dtype, aligned, min(STRETCH, triton.next_power_of_2(length))].append(i)
-    for (_, aligned, padded), index in groups.items():
-        rows = STRETCH // padded
-        numbers = [number_of_units(parts[i]) for i in index]
-        yield make_launch([parts], index, rows, numbers, aligned=aligned), rows, min(TILE, padded)
+            groups[w.dtype, aligned, min(WIDTH, triton.next_power_of_2(length))].append(i)
+    for (_, aligned, columns), index in groups.items():
+        rows = TILE // columns * (1 if columns == WIDTH else 4)
+        launch = make_launch([parts], index, rows, [number_of_units(parts[i]) for i in index], aligned=aligned)
+        constants = {"ROWS": rows, "COLUMNS": columns, "CHUNK": STRETCH * columns, "BLOCK": TILE, "num_warps": 1}
+        yield launch, launch.options | constants
+
+
+def _is_long(w: Tensor) -> bool:
+    """Return whether a weight has so few and long rows that a program for each would leave a GPU idle."""
+    units = number_of_units(w)
+    return w.dtype in DTYPES and units < FEW and _length(w, units) >= LONG
