@@ -248,7 +248,11 @@ def _alike(streams: Sequence[Tensor]) -> bool:
         parts = [local(x) for x in streams]
         if any(placements != first for placements in rest) or not all(map(has_address, parts)):
             return False
-    w = parts[0]
-    what = w.dtype, w.device, w.shape, w.stride()
-    alike = [x.layout == w.layout and (x.dtype, x.device, x.shape, x.stride()) == what for x in parts[1:]]
-    return all(alike) and is_dense(w)
+    w, *rest = parts
+    if any(x.layout != w.layout or x.dtype != w.dtype or x.device != w.device for x in rest):
+        return False
+    if w.is_contiguous():  # spares most layers the comparison of shapes and strides, which takes longer
+        n = w.numel()
+        return all(x.is_contiguous() and x.numel() == n for x in rest)
+    what = w.shape, w.stride()
+    return is_dense(w) and all((x.shape, x.stride()) == what for x in rest)

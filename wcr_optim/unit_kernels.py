@@ -42,7 +42,7 @@ from wcr_optim.uploads import on, upload
 
 # A program of the sums is one warp, which needs no other to add up a row.
 TILE = 1024  # weights that it takes at a time
-WIDTH = 128  # of a tile at most
+WIDTH = 256  # of a tile at most
 STRETCH = 16  # tiles across that are added up in float32
 # Rows this long, where there are few of them, go to many programs each, as a layer's weights do.
 LONG, FEW = 2**14, 256
