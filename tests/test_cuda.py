@@ -17,6 +17,7 @@ from wcr_optim import (
     L1Decay,
     L2Decay,
     SparsityTarget,
+    backends,
     param_groups,
     pruning,
 )  # fmt: skip
@@ -24,7 +25,7 @@ from wcr_optim.tail import tail_energies
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
-BACKENDS = ("eager", "triton", "auto")
+BACKENDS = ("eager", "triton")
 SHAPES = [(300, 200), (64, 3, 3, 3), (10, 64), (1000,), (17, 5, 2), (1, 1)]
 
 
@@ -116,6 +117,7 @@ def test_no_step_waits_for_the_device(make, form, backend, dtype):
 def test_no_fused_step_waits_for_the_device(cls, dtype):
     ps = parameters("cuda", dtype)
     opt = cls(ps, lr=0.01, weight_concentration=1e-2, fused=True)
+    opt.backend = "triton"
     run(opt, ps, 3)
     with nothing_waits():
         run(opt, ps, 3)
@@ -150,11 +152,22 @@ def test_sparsity_target_drives_as_on_the_cpu():
     assert strengths[1] == pytest.approx(strengths[0], rel=0.02)
 
 
+def test_auto_takes_tritons_kernels_for_all_but_small_networks():
+    for side, taken in ((100, "eager"), (1100, "triton")):
+        w = torch.empty(side, side, device="cuda")
+        assert backends.choose("auto", w.device, [w]) == taken
+
+
 # --- CUDA graphs -----------------------------------------------------------------------------------------------------
 
 
 def lr_of(value):
     return torch.tensor(value, device="cuda")
+
+
+def triton(opt):
+    opt.backend = "triton"
+    return opt
 
 
 def graphed(make, dtype):
@@ -190,8 +203,8 @@ def graphed(make, dtype):
     lambda ps, lr: WCR(torch.optim.AdamW(ps, lr=lr, fused=True, capturable=True), 1e-3, "per_unit", backend="triton"),
     lambda ps, lr: L1Decay(torch.optim.AdamW(ps, lr=lr, fused=True, capturable=True), 1e-2, backend="triton"),
     lambda ps, lr: WCR(torch.optim.SGD(ps, lr=lr, momentum=0.9, fused=True), 1e-2, "scale_free", backend="triton"),
-    lambda ps, lr: AdamW(ps, lr=lr, weight_concentration=1e-2, fused=True, capturable=True),
-    lambda ps, lr: SGD(ps, lr=lr, momentum=0.9, weight_concentration=1e-2, fused=True),
+    lambda ps, lr: triton(AdamW(ps, lr=lr, weight_concentration=1e-2, fused=True, capturable=True)),
+    lambda ps, lr: triton(SGD(ps, lr=lr, momentum=0.9, weight_concentration=1e-2, fused=True)),
 ], ids=["AdamW", "per unit", "l1", "SGD", "fused AdamW", "fused SGD"])  # fmt: skip
 def test_replays_are_the_plain_steps_bit_for_bit(make, dtype):
     replayed, plain = graphed(make, dtype)

@@ -276,7 +276,7 @@ def test_a_cuda_graph_replays_with_a_live_lr():
         w = nn.Parameter(torch.randn(100, 100, device=DEVICE, generator=torch.Generator(DEVICE).manual_seed(1)))
         w.grad = torch.ones_like(w)
         lr = torch.tensor(0.1, device=DEVICE)
-        return w, lr, WCR(torch.optim.AdamW([w], lr=lr, capturable=True, fused=True), 1e-2)
+        return w, lr, WCR(torch.optim.AdamW([w], lr=lr, capturable=True, fused=True), 1e-2, backend="triton")
 
     w, lr, opt = make()
     plain, plain_lr, eager = make()

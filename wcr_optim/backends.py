@@ -5,7 +5,7 @@
 | "eager" | anywhere | torch's kernels, on the CPU over chunks that stay in cache |
 | "compiled" | CPU with a C++ compiler | all layers in one call: one read, one read and write |
 | "triton" | CUDA with Triton | all layers in one launch, nothing waits for the device |
-| "auto" | anywhere | "compiled" for large models on the CPU, else "eager" |
+| "auto" | anywhere | "compiled" for large models on the CPU, "triton" for all but small ones on CUDA, else "eager" |
 
 All give the same numbers up to rounding.
 """
@@ -29,6 +29,9 @@ UNIT_MODULES = {"compiled": "wcr_optim.compiled", "triton": "wcr_optim.unit_kern
 # Compiling takes a second or two, once per process, and saves about half a fused AdamW step: some 10 ms a step at this
 # many weights. Below it "auto" stays eager, so that nobody waits for a compiler to train a small network.
 COMPILE_FROM = 2**25
+# Triton's take two or three seconds, once per machine, as they are kept on disk, and a step on a GPU a third of the
+# time or less.
+TRITON_FROM = 2**20
 
 
 class Implementation(Protocol):
@@ -137,8 +140,9 @@ def choose(backend: str, device: torch.device, layers: Sequence[Tensor]) -> str:
     if device.type == "cpu" and not torch.compiler.is_compiling():
         large = sum([w.numel() for w in layers]) >= COMPILE_FROM
         return "compiled" if large and _why_not_compiled(device) is None else "eager"
-    if device.type == "cuda" and not torch.compiler.is_compiling() and _why_not_triton(device) is None:
-        return "triton"
+    if device.type == "cuda" and not torch.compiler.is_compiling():
+        large = sum([w.numel() for w in layers]) >= TRITON_FROM
+        return "triton" if large and _why_not_triton(device) is None else "eager"
     return "eager"  # a graph of torch.compile gets plain operations to fuse
 
 
