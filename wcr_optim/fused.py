@@ -244,9 +244,9 @@ def _alike(streams: Sequence[Tensor]) -> bool:
     """Return whether element i of one stream's memory belongs to element i of every other's."""
     parts = streams
     if not all(type(x) in PLAIN for x in streams):
-        first, *rest = [None if x is None else x.placements for x in map(as_dtensor, streams)]
+        placements = [None if x is None else x.placements for x in map(as_dtensor, streams)]
         parts = [local(x) for x in streams]
-        if any(placements != first for placements in rest) or not all(map(has_address, parts)):
+        if any(other != placements[0] for other in placements) or not all(map(has_address, parts)):
             return False
     w, *rest = parts
     if any(x.layout != w.layout or x.dtype != w.dtype or x.device != w.device for x in rest):
