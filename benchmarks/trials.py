@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from benchmarks import tasks
 from benchmarks.curvature import largest_eigenvalue
-from benchmarks.devices import mixed_precision, settle
+from benchmarks.devices import mixed_precision
 from benchmarks.methods import Method
 from benchmarks.tasks import SPARSITIES, Task
 from wcr_optim import pruning
@@ -121,7 +121,6 @@ def train(trial: Trial, device: str = "cpu", progress: Callable[[], None] = lamb
         DivergedError: If the loss or a weight is not finite.
     """
     task, method, settings = tasks.task(trial.task), Method.of(trial.method), trial.settings
-    settle(device)
     lr = task.lr[method.base] * settings.pop("lr", 1.0)
     weight_decay = settings.pop("wd", task.weight_decay[method.base])
     steps, scale = steps_of(trial), int(settings.pop("batch", 1))

@@ -288,8 +288,24 @@ def test_a_backend_asked_for_that_cannot_run_is_refused_with_the_way_out(no_comp
         WCR(base, backend="compiled")
     assert "weight_concentration" not in base.defaults | base.param_groups[0]
     monkeypatch.setattr(backends.util, "find_spec", lambda _: None)
+    backends._why_no_kernels.cache_clear()
     with pytest.raises(ValueError, match=r"'triton' cannot run on cpu weights here: .*pip install triton"):
         WCR(base, backend="triton")
+    monkeypatch.undo()
+    backends._why_no_kernels.cache_clear()
+
+
+def test_a_triton_that_cannot_be_imported_is_no_reason_to_fail(monkeypatch):
+    def broken(name):
+        raise ImportError("its driver is from elsewhere")
+
+    monkeypatch.setattr(backends.util, "find_spec", lambda _: True)
+    monkeypatch.setattr(backends, "import_module", broken)
+    backends._why_no_kernels.cache_clear()
+    with pytest.raises(ValueError, match=r"imported \(ImportError: its driver is from elsewhere\); choose"):
+        WCR(torch.optim.SGD(small_net().parameters(), lr=0.1), backend="triton")
+    monkeypatch.undo()
+    backends._why_no_kernels.cache_clear()
 
 
 @pytest.mark.parametrize(

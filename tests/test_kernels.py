@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference import plain_moments, plain_shrink
+from reference import Elsewhere, plain_moments, plain_shrink
 from torch import nn
 from triton_interpreter import DEVICE, GPU
 
@@ -172,6 +172,44 @@ def test_more_than_two_to_the_31_weights_by_index_arithmetic():
     gain, threshold = torch.tensor([1.5], device=DEVICE), torch.tensor([0.2], device=DEVICE)
     kernels._shrink_kernel[(1,)](*launch.place, launch.rows, gain, threshold, None, STOCHASTIC=False, **launch.options)
     torch.testing.assert_close(w, expected)
+
+
+@pytest.mark.parametrize("form", ["scale_free", "per_unit"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_whose_elements_lie_elsewhere_are_left_to_torch(form, dtype):
+    start = torch.randn(20, 30, device=DEVICE).to(dtype)
+    finals = []
+    for backend in ("eager", "triton"):
+        inner, plain = start.clone(), nn.Parameter(start.clone())
+        w = Elsewhere(inner).requires_grad_()
+        opt = WCR(torch.optim.SGD([w, plain], lr=0.1, foreach=False), 1e-2, form=form, backend=backend)
+        for step in range(3):
+            plain.grad = torch.cos(plain.detach() * step)
+            w.grad = Elsewhere(torch.cos(inner * step))
+            opt.step()
+        finals.append([inner, plain.detach()])
+    tolerance = {"rtol": 1e-5, "atol": 1e-7} if dtype == torch.float32 else {"rtol": 0.05, "atol": 0.02}
+    torch.testing.assert_close(*finals, **tolerance)
+
+
+def test_a_checkpoints_counter_is_a_number_as_a_fresh_optimizers_is():
+    w = nn.Parameter(torch.randn(30, 40, device=DEVICE).bfloat16())
+    w.grad = torch.zeros_like(w)
+    opt = WCR(torch.optim.SGD([w], lr=0.1), 1e-1, backend="triton")
+    assert opt.state_dict()["param_groups"][0]["rounding_seed"] == 0
+    for _ in range(3):
+        opt.step()
+    counter = opt.state_dict()["param_groups"][0]["rounding_seed"]
+    assert type(counter) is int
+    assert counter == 3
+    opt.step()
+    assert opt.param_groups[0]["rounding_seed"].item() == 4
+
+
+def test_a_seed_follows_to_the_device_of_the_weights():
+    assert kernels.on_device(torch.tensor(3), torch.device("meta")).device.type == "meta"
+    assert kernels.on_device(3, DEVICE).item() == 3
+    assert kernels.on_device(None, DEVICE) is None
 
 
 def test_versions_tell_of_the_kernels_writes():

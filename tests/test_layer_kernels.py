@@ -53,6 +53,14 @@ def test_layers_with_nothing_to_concentrate_are_left_alone(penalty):
     assert threshold.tolist() == [0.0] * 6
 
 
+@pytest.mark.parametrize("penalty", PENALTIES[:-1], ids=repr)
+def test_a_step_length_that_is_no_number_does_not_pass_for_a_long_one(penalty):
+    mu, q = torch.tensor([[1.0, 1.0], [2.0, 1.0]], dtype=torch.float64, device=DEVICE).unbind()
+    lengths = torch.tensor([math.nan, math.nan], dtype=torch.float64, device=DEVICE)
+    gain, threshold = layer_kernels.flow(penalty, Moments(torch.full_like(mu, 5), mu, q), lengths)
+    assert gain.isnan().tolist() == threshold.isnan().tolist() == [True, False]
+
+
 def test_no_layers_are_no_launch():
     none = torch.empty(0, dtype=torch.float64, device=DEVICE)
     gain, threshold = layer_kernels.flow(ScaleFree(), Moments(none, none, none), none)

@@ -13,6 +13,7 @@ All give the same numbers up to rounding.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from importlib import import_module, util
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -29,8 +30,8 @@ UNIT_MODULES = {"compiled": "wcr_optim.compiled", "triton": "wcr_optim.unit_kern
 # Compiling takes a second or two, once per process, and saves about half a fused AdamW step: some 10 ms a step at this
 # many weights. Below it "auto" stays eager, so that nobody waits for a compiler to train a small network.
 COMPILE_FROM = 2**25
-# Triton's take two or three seconds, once per machine, as they are kept on disk, and a step on a GPU a third of the
-# time or less.
+# Triton's take two or three seconds, once per machine, as they are kept on disk, and a step on a GPU half the time or
+# less.
 TRITON_FROM = 2**20
 
 
@@ -140,7 +141,8 @@ def choose(backend: str, device: torch.device, layers: Sequence[Tensor]) -> str:
     if device.type == "cpu" and not torch.compiler.is_compiling():
         large = sum([w.numel() for w in layers]) >= COMPILE_FROM
         return "compiled" if large and _why_not_compiled(device) is None else "eager"
-    if device.type == "cuda" and not torch.compiler.is_compiling():
+    # On ROCm Triton has to be asked for: none of this has run there.
+    if device.type == "cuda" and torch.version.hip is None and not torch.compiler.is_compiling():
         large = sum([w.numel() for w in layers]) >= TRITON_FROM
         return "triton" if large and _why_not_triton(device) is None else "eager"
     return "eager"  # a graph of torch.compile gets plain operations to fuse
@@ -155,8 +157,20 @@ def _why_not_compiled(device: torch.device) -> str | None:
 
 
 def _why_not_triton(device: torch.device) -> str | None:
-    if util.find_spec("triton") is None:
-        return "Triton is not installed; pip install triton, or choose backend='eager'"
+    missing = _why_no_kernels()
+    if missing is not None:
+        return missing
     from wcr_optim import kernels
 
     return kernels.why_not(device)
+
+
+@lru_cache(maxsize=1)
+def _why_no_kernels() -> str | None:
+    if util.find_spec("triton") is None:
+        return "Triton is not installed; pip install triton, or choose backend='eager'"
+    try:
+        import_module(MODULES["triton"])
+    except Exception as error:  # whatever is wrong with the Triton that is there
+        return f"Triton cannot be imported ({type(error).__name__}: {error}); choose backend='eager'"
+    return None

@@ -101,6 +101,17 @@ class Decoupled(OptimizerWrapper):
         if isinstance(self.base, FusedUpdate):
             self.base.forget()
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return the base's state_dict, the options in its groups included.
+
+        The counter of stochastic rounding is a number there, wherever it lives: read from a GPU it waits for it once.
+        """
+        state_dict = super().state_dict()
+        for group in state_dict["param_groups"]:
+            if isinstance(group.get(ROUNDING_SEED), Tensor):
+                group[ROUNDING_SEED] = int(group[ROUNDING_SEED])  # as a template has it that took no step yet
+        return state_dict
+
     def _create_hooks(self) -> None:
         super()._create_hooks()
         # Fresh random bits at every step are nothing that a graph of torch.compile can hold. Made here, since

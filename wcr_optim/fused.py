@@ -56,7 +56,8 @@ class FusedUpdate(Optimizer):
 
     Between `take_over` and the step nobody may write into the weights. Writes after the step are noticed by the
     tensors' version counters, which torch's in-place operations advance. Writes through `.data` are not, nor those of
-    other processes, nor those of torch._foreach operations on DTensors, which advance none.
+    other processes, nor those of torch._foreach operations on DTensors, which advance none. Once a step was captured
+    into a CUDA graph, every step measures the weights itself.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -64,14 +65,15 @@ class FusedUpdate(Optimizer):
         self._known: dict[Tensor, Known] = {}
         self._taken: list[Shrinks] = []
         self._calls = 0  # of kernels in this step
+        self._in_graphs = False  # whether a step was captured: its replays write into weights, and no version tells
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._known, self._taken, self._calls = {}, [], 0  # a copy works on other weights
+        self._known, self._taken, self._calls, self._in_graphs = {}, [], 0, False  # a copy works on other weights
 
     def sums(self, layers: Sequence[Tensor], backend: str) -> Tensor:
         """Return this rank's sums of m and m^2, shape (layers, 2), measuring those that the last step did not."""
-        if _is_captured(layers):  # replays know nothing of who wrote into weights between them, so they measure
+        if _is_captured(layers):  # a replay does not know who wrote into the weights before it
             return measure([local(w) for w in layers], backend)
         known = [self._known[w] for w in layers if self._is_known(w)]
         if len(known) == len(layers) and all(k.sums is known[0].sums for k in known):
@@ -129,7 +131,8 @@ class FusedUpdate(Optimizer):
             layers = own[0]
             self._calls += 1
             sums = self._update(group, own, shrinks.of(layers, self._calls))
-            if not _is_captured(layers):
+            self._in_graphs = self._in_graphs or _is_captured(layers)
+            if not self._in_graphs:
                 self._known.update({w: Known(sums, row, stamp(w)) for row, w in enumerate(layers)})
         return result
 

@@ -24,10 +24,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from wcr_optim.layout import flat, in_memory_order
+from wcr_optim.layout import flat, has_address, in_memory_order
 from wcr_optim.moments import eager_sums
-from wcr_optim.shrink import eager_shrink_
-from wcr_optim.uploads import keep, on, pointers_to, upload
+from wcr_optim.shrink import eager_shrink_, make_noise
+from wcr_optim.uploads import keep, on, pointers_to, select, upload
 
 BLOCK = 1024  # weights at a time, 8 for each of a program's threads
 WARPS = 4
@@ -51,9 +51,19 @@ def why_not(device: torch.device) -> str | None:
 
 @lru_cache(maxsize=16)
 def _why_not_on_gpu(device: torch.device) -> str | None:
+    if INTERPRETED:
+        return "TRITON_INTERPRET=1 runs Triton's kernels on the CPU; unset it, or choose backend='eager'"
     if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
         return "the GPU is older than compute capability 8.0; choose backend='eager'"
+    try:  # Triton builds its launcher with a C compiler, and keeps what it compiles on disk
+        sums([torch.ones(1, device=device)])
+    except Exception as error:
+        return f"Triton cannot launch a kernel here ({_first_line(error)}); choose backend='eager'"
     return None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 # --- kernels ---------------------------------------------------------------------------------------------------------
@@ -373,9 +383,9 @@ def sums(parts: Sequence[Tensor]) -> Tensor:
     """Sum m = |w| and m^2 of plain tensors on one device, shape (layers, 2), float64."""
     device = parts[0].device
     result = torch.zeros(len(parts), 2, dtype=torch.float64, device=device)
-    rest = [i for i, w in enumerate(parts) if w.dtype not in DTYPES]
+    rest = [i for i, w in enumerate(parts) if not fuses(w)]
     if rest:
-        result[rest] = eager_sums([parts[i] for i in rest])
+        result.index_copy_(0, upload(tuple(rest), torch.int64, device), eager_sums([parts[i] for i in rest]))
     memory = [_without_gaps(w) for w in parts]  # copies, where memory has gaps, live until the kernels are launched
     with on(device):
         for launch in launches([memory]):
@@ -388,9 +398,10 @@ def sums(parts: Sequence[Tensor]) -> Tensor:
 def shrink_(parts: Sequence[Tensor], gain: Tensor, threshold: Tensor, seed: int | Tensor | None) -> None:
     """Apply w <- gain * softshrink(w, threshold) in place to plain tensors on one device."""
     device = parts[0].device
-    rest = [i for i, w in enumerate(parts) if w.dtype not in DTYPES]
+    rest = [i for i, w in enumerate(parts) if not fuses(w)]
     if rest:
-        eager_shrink_([parts[i] for i in rest], gain[rest], threshold[rest], None)
+        left = [parts[i] for i in rest]
+        eager_shrink_(left, select(gain, rest), select(threshold, rest), make_noise(left, seed))
     memory = [_without_gaps(w) for w in parts]
     live_seed = on_device(seed, device)
     with on(device):
@@ -401,10 +412,10 @@ def shrink_(parts: Sequence[Tensor], gain: Tensor, threshold: Tensor, seed: int 
                 STOCHASTIC=stochastic, **launch.options,
             )  # fmt: skip
     for w, written in zip(parts, memory, strict=True):
-        if written.data_ptr() != w.data_ptr():
+        if fuses(w) and written.data_ptr() != w.data_ptr():
             ordered = in_memory_order(w)
             ordered.copy_(written.view(ordered.shape))
-        else:
+        elif fuses(w):
             torch.autograd.graph.increment_version(w)
 
 
@@ -493,14 +504,16 @@ def _fused(
 
 
 def fuses(w: Tensor) -> bool:
-    """Return whether a layer's update can be fused with its shrink."""
-    return w.dtype in DTYPES
+    """Return whether the kernels know a layer's dtype, and its elements lie where they would look for them."""
+    return w.dtype in DTYPES and has_address(w)
 
 
 def on_device(seed: int | Tensor | None, device: torch.device) -> Tensor | None:
     """Bring a seed to the device without waiting for it."""
-    if seed is None or isinstance(seed, Tensor):
-        return seed
+    if seed is None:
+        return None
+    if isinstance(seed, Tensor):
+        return seed.to(device, non_blocking=True)  # one counter serves the weights on all devices
     return torch.full((), seed, dtype=torch.int64, device=device)
 
 
@@ -509,7 +522,7 @@ def launches(streams: Sequence[Sequence[Tensor]]) -> list[Launch]:
     rows: defaultdict[tuple[torch.dtype, bool], list[int]] = defaultdict(list)
     for i, layer in enumerate(zip(*streams, strict=True)):
         w = layer[0]
-        if w.dtype in DTYPES and w.numel():
+        if fuses(w) and w.numel():
             rows[w.dtype, all(x.data_ptr() % 16 == 0 for x in layer)].append(i)
     return [make_launch(streams, index, CHUNK, aligned=aligned) for (_, aligned), index in rows.items()]
 
@@ -564,7 +577,7 @@ def _table(numbers: tuple[int, ...], chunk: int, device: torch.device) -> tuple[
 
 def _without_gaps(w: Tensor) -> Tensor:
     """Return a tensor whose elements fill the memory from its address on: itself if possible."""
-    return w if w.is_contiguous() else flat(w)
+    return w if w.is_contiguous() or not fuses(w) else flat(w)
 
 
 def written(*streams: Sequence[Tensor]) -> None:

@@ -3,7 +3,8 @@
 """Triton kernels for the few numbers that a layer has: a penalty's flow, an optimizer's coefficients, in one launch.
 
 As torch's operations they are thirty launches on a hundred numbers each, which takes a GPU as long as it takes to read
-a hundred million weights. The formulas are those of `penalties` and `fused`; the tests hold them against each other.
+a hundred million weights. The formulas are those of `penalties` and `layer_numbers`; the tests hold them against each
+other.
 """
 
 from __future__ import annotations
@@ -66,9 +67,7 @@ def _expm1(x):
 def _energy_preserving(mu, q, v, s, MOST: tl.constexpr, KIND: tl.constexpr):
     x = mu * mu
     r = x / q
-    sigma = 4.0 * s
-    if KIND != RELATIVE:
-        sigma = tl.minimum(sigma / q, _wide(LONGEST))
+    sigma = tl.minimum(4.0 * s if KIND == RELATIVE else 4.0 * s / q, _wide(LONGEST))
     if KIND == HOYER:
         delta = -sigma - _log1p(r * _expm1(-sigma))
     else:
@@ -107,8 +106,9 @@ def _flow_kernel(
         g, t = tl.exp(log_gain), -mean * _expm1(-log_gain)
     else:
         g, t = _energy_preserving(mean, square, variance, length, MOST, KIND)
-    tl.store(gain + at, tl.where(spread, g, 1.0), mask=here)
-    tl.store(threshold + at, tl.where(spread, t, 0.0), mask=here)
+    known = length == length  # a NaN is an error elsewhere, which must not pass for a long step
+    tl.store(gain + at, tl.where(spread, tl.where(known, g, length), 1.0), mask=here)
+    tl.store(threshold + at, tl.where(spread, tl.where(known, t, length), 0.0), mask=here)
 
 
 @triton.jit(do_not_specialize=["layers"])

@@ -21,7 +21,7 @@ from wcr_optim.moments import accumulator
 from wcr_optim.uploads import keep, upload
 
 _CHUNK = 2**18  # weights of which copies are made at a time, for the CPU's caches
-_DEVICE_CHUNK = 2**24  # elsewhere, where only the copies' memory counts
+_DEVICE_CHUNK = 2**22  # elsewhere, where they take 12 bytes for each weight
 _DROPPED_BITS = 18
 _BUCKETS = 2 ** (31 - _DROPPED_BITS)
 _INFINITE = 0x7F80_0000 >> _DROPPED_BITS  # the first bucket that holds no finite number

@@ -22,9 +22,9 @@ from torch import Tensor
 from wcr_optim import kernels
 from wcr_optim.kernels import (
     CHUNK,
-    DTYPES,
     NARROW,
     Launch,
+    fuses,
     left,
     make_launch,
     on_device,
@@ -175,7 +175,7 @@ def unit_sums(parts: Sequence[Tensor]) -> list[Tensor]:
         rows = kernels.sums([row for i in long for row in memory[i].unbind()])
         for i, own in zip(long, torch.split(rows, [units[i] for i in long]), strict=True):
             sums[i] = own
-    rest = [i for i, w in enumerate(parts) if w.dtype not in DTYPES]
+    rest = [i for i, w in enumerate(parts) if not fuses(w)]
     for i, own in zip(rest, eager_unit_sums([parts[i] for i in rest]), strict=True):
         sums[i] = own
     return sums
@@ -187,10 +187,10 @@ def shrink_units_(parts: Sequence[Tensor], gain: Tensor, threshold: Tensor, seed
     units = [number_of_units(w) for w in parts]
     if not len(gain) == len(threshold) == sum(units):  # or the kernel would read what lies behind them
         raise ValueError(f"got {len(gain)} gains and {len(threshold)} thresholds for {sum(units)} units")
-    rest = [i for i, w in enumerate(parts) if w.dtype not in DTYPES]
+    rest = [i for i, w in enumerate(parts) if not fuses(w)]
     if rest:
         own_gain, own_threshold = (of_layers(values, units, rest) for values in (gain, threshold))
-        eager_shrink_units_([parts[i] for i in rest], own_gain, own_threshold, None)
+        eager_shrink_units_([parts[i] for i in rest], own_gain, own_threshold, seed)
     gains, thresholds = (values.float().contiguous() for values in (gain, threshold))
     memory = [_in_rows(w) for w in parts]
     places = _places(memory, units)
@@ -202,15 +202,15 @@ def shrink_units_(parts: Sequence[Tensor], gain: Tensor, threshold: Tensor, seed
                 STOCHASTIC=seed is not None and launch.dtype in NARROW, **launch.options,
             )  # fmt: skip
     for w, changed in zip(parts, memory, strict=True):
-        if changed.data_ptr() != w.data_ptr():
+        if changed is not w:
             w.copy_(changed)
-        else:
+        elif fuses(w):
             written([w])
 
 
 def _in_rows(w: Tensor) -> Tensor:
     """Return a weight whose rows follow each other in memory, the weight itself where they do, else a copy."""
-    return w if w.dtype not in DTYPES or holds_rows_together(w) else w.contiguous()
+    return w if not fuses(w) or holds_rows_together(w) else w.contiguous()
 
 
 def _length(w: Tensor, units: int) -> int:
@@ -229,7 +229,7 @@ def _shrink_launches(parts: Sequence[Tensor]) -> Iterator[tuple[Launch, int]]:
     """Divide layers into launches of the shrink, each with the number of weights that are sure to share a row."""
     groups: defaultdict[tuple[torch.dtype, bool, int], list[int]] = defaultdict(list)
     for i, w in enumerate(parts):
-        if w.dtype in DTYPES and w.numel():
+        if fuses(w) and w.numel():
             together = LOAD // w.element_size()
             each = together if _length(w, number_of_units(w)) % together == 0 else 1
             groups[w.dtype, w.data_ptr() % LOAD == 0, each].append(i)
@@ -244,7 +244,7 @@ def _sum_launches(parts: Sequence[Tensor]) -> Iterator[tuple[Launch, dict[str, A
     """
     groups: defaultdict[tuple[torch.dtype, bool, int], list[int]] = defaultdict(list)
     for i, w in enumerate(parts):
-        if w.dtype in DTYPES and w.numel() and not _is_long(w):
+        if fuses(w) and w.numel() and not _is_long(w):
             length = _length(w, number_of_units(w))
             aligned = w.data_ptr() % LOAD == 0 and length * w.element_size() % LOAD == 0
             groups[w.dtype, aligned, min(WIDTH, triton.next_power_of_2(length))].append(i)
@@ -258,4 +258,4 @@ def _sum_launches(parts: Sequence[Tensor]) -> Iterator[tuple[Launch, dict[str, A
 def _is_long(w: Tensor) -> bool:
     """Return whether a weight has so few and long rows that a program for each would leave a GPU idle."""
     units = number_of_units(w)
-    return w.dtype in DTYPES and units < FEW and _length(w, units) >= LONG
+    return fuses(w) and units < FEW and _length(w, units) >= LONG

@@ -10,8 +10,34 @@ from typing import Any
 import torch
 from torch import Tensor
 
-KEPT = 256
-_cache: OrderedDict[tuple[Hashable, torch.device], Tensor] = OrderedDict()
+
+class _Kept:
+    """What was sent to devices, the latest so many of it."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.entries: OrderedDict[tuple[Hashable, torch.device], Tensor] = OrderedDict()
+
+    def get(self, key: Hashable, device: torch.device, make: Callable[[], Tensor]) -> Tensor:
+        entry = (key, device)
+        if entry in self.entries:
+            self.entries.move_to_end(entry)
+        elif is_capturing(device):
+            raise RuntimeError(
+                "a CUDA graph is being captured, and what its kernels read of the weights is not on the device yet; "
+                "take a few plain steps with the same weights before, as torch.cuda.graph asks"
+            )
+        else:
+            self.entries[entry] = make().pin_memory().to(device, non_blocking=True)
+            if len(self.entries) > self.limit:
+                self.entries.popitem(last=False)
+        if is_capturing(device):
+            _in_graphs.append(self.entries[entry])
+        return self.entries[entry]
+
+
+_tables = _Kept(2**14)
+_addresses = _Kept(2**10)  # apart, since new gradients have new ones at every step, which would push out all tables
 # A captured graph reads these at every replay, and nothing tells when it is gone.
 _in_graphs: list[Tensor] = []
 
@@ -30,18 +56,7 @@ def keep(key: Hashable, device: torch.device, make: Callable[[], Tensor]) -> Ten
     """
     if device.type != "cuda":
         return make().to(device)
-    entry = (key, device)
-    if entry in _cache:
-        _cache.move_to_end(entry)
-    elif is_capturing(device):
-        raise RuntimeError("take a few steps before capturing a CUDA graph, as torch.cuda.graph asks; none was taken")
-    else:
-        _cache[entry] = make().pin_memory().to(device, non_blocking=True)
-        if len(_cache) > KEPT:
-            _cache.popitem(last=False)
-    if is_capturing(device):
-        _in_graphs.append(_cache[entry])
-    return _cache[entry]
+    return _tables.get(key, device, make)
 
 
 def select(values: Tensor, index: list[int]) -> Tensor:
@@ -51,11 +66,6 @@ def select(values: Tensor, index: list[int]) -> Tensor:
     return values.index_select(0, upload(tuple(index), torch.int64, values.device))
 
 
-def is_uploaded(values: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> bool:
-    """Return whether `upload` would find the numbers in place."""
-    return ((values, dtype), device) in _cache
-
-
 def is_capturing(device: torch.device) -> bool:
     """Return whether operations on a device are being captured into a CUDA graph."""
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
@@ -63,8 +73,14 @@ def is_capturing(device: torch.device) -> bool:
 
 def pointers_to(addresses: tuple[int, ...], device: torch.device) -> Tensor:
     """Return addresses on a device, for a kernel to read."""
-    if not is_capturing(device) or is_uploaded(addresses, torch.int64, device):
-        return upload(addresses, torch.int64, device)
+
+    def make() -> Tensor:
+        return torch.tensor(addresses, dtype=torch.int64, device="cpu")
+
+    if device.type != "cuda":
+        return make().to(device)
+    if not is_capturing(device) or (addresses, device) in _addresses.entries:
+        return _addresses.get(addresses, device, make)
     # Gradients get new addresses while a graph is captured. Numbers in a kernel's arguments are part of the graph,
     # those in the host's memory are not.
     table = torch.zeros(len(addresses), dtype=torch.int64, device=device)

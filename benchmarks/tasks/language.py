@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from benchmarks.devices import mixed_precision, settle
+from benchmarks.devices import mixed_precision
 from benchmarks.tasks import Task
 
 CACHE = Path("results/cache")
@@ -151,21 +151,20 @@ def pretrained(seed: int, folder: Path, size: Size = SMALL) -> nn.Module:
 
     Args:
         seed: Of the initial weights and of the batches.
-        folder: Where networks are kept, under names that tell size, corpus and seed.
+        folder: Where networks are kept, under names that tell size, corpus, steps and seed.
         size: What to train (default: SMALL)
 
     Returns:
         The network, on the CPU.
 
     """
-    path = folder / f"{size.name}-{load().sha256[:12]}-{seed}.pt"
+    path = folder / f"{size.name}-{load().sha256[:12]}-{size.pretraining_steps}-{seed}.pt"
     torch.manual_seed(seed)
     network = model(size)
     if path.exists():
         network.load_state_dict(torch.load(path, weights_only=True))
         return network
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    settle(device)
     network.to(device)
     optimizer = torch.optim.AdamW(network.parameters(), lr=size.pretraining_lr, betas=(0.9, 0.95), weight_decay=0.1)
     warm_up = torch.optim.lr_scheduler.LinearLR(optimizer, 0.01, total_iters=100)
