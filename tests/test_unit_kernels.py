@@ -6,7 +6,7 @@ import pytest
 import torch
 from reference import plain_moments, plain_shrink
 from torch import nn
-from triton_interpreter import DEVICE, GPU, nothing_waits
+from triton_interpreter import DEVICE, GPU
 
 from wcr_optim import WCR
 from wcr_optim.moments import moments
@@ -282,45 +282,3 @@ def test_steps_on_bfloat16_repeat_with_the_counter_on_the_device():
     counter = opt.param_groups[0]["rounding_seed"]
     assert counter.device.type == DEVICE.type
     assert counter.item() == 3
-
-
-@pytest.mark.skipif(not GPU, reason="needs a GPU")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_cuda_graph_replays_with_a_live_lr(dtype):
-    def make():
-        ws = [nn.Parameter(w) for w in layers(dtype, [(100, 100), (8, 3, 3, 3), (30, 2500)])]
-        for w in ws:
-            w.grad = torch.ones_like(w)
-        lr = torch.tensor(0.1, device=DEVICE)
-        base = torch.optim.AdamW(ws, lr=lr, capturable=True, fused=True)
-        return ws, lr, WCR(base, 1e-2, form="per_unit", backend="triton")
-
-    ws, lr, opt = make()
-    plain, plain_lr, live = make()
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            opt.step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        opt.step()
-    for _ in range(3):
-        live.step()
-    for rate in (0.1, 0.01, 0.5):
-        lr.fill_(rate)
-        plain_lr.fill_(rate)
-        graph.replay()
-        live.step()
-    assert all(map(torch.equal, ws, plain))
-
-
-@pytest.mark.skipif(not GPU, reason="needs a GPU")
-def test_nothing_waits_for_the_device():
-    ws = [nn.Parameter(w) for w in layers(torch.bfloat16, [(100, 100), (8, 3, 3, 3), (30, 2500)])]
-    opt = WCR(torch.optim.SGD(ws, lr=0.1), 1e-2, form="per_unit", backend="triton")
-    for w in ws:
-        w.grad = torch.ones_like(w)
-    opt.step()
-    with nothing_waits():
-        opt.step()
