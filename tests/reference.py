@@ -37,6 +37,17 @@ def penalty_of_weights(penalty: penalties.Penalty, w: Tensor) -> Tensor:
     return formulas[type(penalty)]()
 
 
+def layouts(base: torch.Tensor) -> list[torch.Tensor]:
+    """Views of a tensor of four dimensions: in other orders of memory, with gaps in it, and with nothing in it."""
+    return [
+        base,
+        base.to(memory_format=torch.channels_last),
+        base.transpose(0, 2),
+        base[::2, :, 1:],  # gaps in memory
+        base[:, :0],
+    ]
+
+
 def small_net(dtype: torch.dtype = torch.float32) -> nn.Module:
     """A network whose weights are the same at every call."""
     generator = torch.Generator().manual_seed(1)

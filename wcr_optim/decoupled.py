@@ -430,10 +430,10 @@ def _repeat(s: float | Tensor, layers: int, device: torch.device) -> Tensor:
     dtype = accumulator(device)
     if isinstance(s, Tensor):
         s = s.reshape(()) if s.device.type == "cpu" else s.to(device).reshape(())
-        return torch.ones(layers, dtype=dtype, device=device) * s
-    if torch.compiler.is_compiling():  # which keeps a factor variable, and would make torch.full's number a constant
-        return torch.ones(layers, dtype=dtype, device=device) * s
-    return torch.full((layers,), s, dtype=dtype, device=device)  # the number travels in the kernel's arguments
+    elif not torch.compiler.is_compiling():
+        return torch.full((layers,), s, dtype=dtype, device=device)  # the number travels in the kernel's arguments
+    # torch.compile keeps a factor variable, where torch.full would make it a constant and each new lr a new graph.
+    return torch.ones(layers, dtype=dtype, device=device) * s
 
 
 def _joined(parts: list[Tensor]) -> Tensor:
