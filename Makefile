@@ -3,7 +3,9 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt
+# pip compiles on one core, and the packages' own tests, too. Some packages hold templates that are no valid Python.
+COMPILE := $(BIN)/python -W ignore -m compileall -qq -j 0 -x '/(tests|models)/' $(VENV)/lib || true
 
 .PHONY: demo test bench-quick docs lint typecheck clean
 
@@ -36,10 +38,12 @@ $(VENV)/.torch: constraints.txt | $(BIN)/python
 
 $(VENV)/.bench: pyproject.toml $(VENV)/.torch
 	$(PIP) --editable '.[bench]'
+	$(COMPILE)
 	touch $@
 
 $(VENV)/.test: pyproject.toml $(VENV)/.torch
 	$(PIP) --editable '.[test]'
+	$(COMPILE)
 	touch $@
 
 clean:

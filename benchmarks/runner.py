@@ -38,14 +38,14 @@ def run(
     done: Callable[[list[Row]], None] = lambda rows: None,
     unit: str = "step",
 ) -> list[list[Row]]:
-    """Run trials in processes of one thread each, with a bar over all their steps and the time left.
+    """Run trials on one thread each, with a bar over all their steps and the time left.
 
     Args:
         work: Called with a trial and a function without arguments to be called after every step; returns rows. It and
             the trials are sent to other processes.
         trials: What to run, begun in this order.
         steps: How many steps a trial takes.
-        jobs: Processes side by side.
+        jobs: Processes side by side. A single one is this process, which starts faster and can be debugged.
         done: Called with the rows of each trial as it ends (default: nothing)
         unit: What the bar counts (default: "step")
 
@@ -54,19 +54,38 @@ def run(
     """
     if not trials:
         return []
+    with tqdm(
+        total=sum(map(steps, trials)),
+        unit=unit,
+        desc="training",
+        dynamic_ncols=True,
+        smoothing=0.05,
+        mininterval=0.1 if sys.stderr.isatty() else 10.0,
+    ) as bar:
+        return _in_turn(work, trials, done, bar) if jobs == 1 else _side_by_side(work, trials, jobs, done, bar)
+
+
+def _in_turn(
+    work: Callable[..., list[Row]], trials: Sequence[T], done: Callable[[list[Row]], None], bar: Any
+) -> list[list[Row]]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        result = []
+        for trial in trials:
+            result.append(work(trial, bar.update))
+            done(result[-1])
+        return result
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _side_by_side(
+    work: Callable[..., list[Row]], trials: Sequence[T], jobs: int, done: Callable[[list[Row]], None], bar: Any
+) -> list[list[Row]]:
     context = multiprocessing.get_context("spawn")
     counter = context.Value("q", 0)
-    with (
-        tqdm(
-            total=sum(map(steps, trials)),
-            unit=unit,
-            desc="training",
-            dynamic_ncols=True,
-            smoothing=0.05,
-            mininterval=0.1 if sys.stderr.isatty() else 10.0,
-        ) as bar,
-        ProcessPoolExecutor(jobs, context, initializer=_start, initargs=(counter,)) as pool,
-    ):
+    with ProcessPoolExecutor(jobs, context, initializer=_start, initargs=(counter,)) as pool:
         futures = [pool.submit(_in_process, work, trial) for trial in trials]
         pending = set(futures)
         try:

@@ -337,7 +337,7 @@ def test_what_all_runs_need_is_prepared_once_and_only_if_there_is_one(tmp_path):
             trials[:count],
             lambda trial: 3,
             results,
-            jobs=2,
+            jobs=1,
             prepare=lambda count=count: calls.append((count, len(results.keys()))),
         )
     assert calls == [(2, 0), (3, 2)]
@@ -351,9 +351,12 @@ def test_a_file_of_other_columns_is_refused_and_left_alone(tmp_path):
     assert path.read_text() == "a,b\n1,2\n"
 
 
-def test_a_failing_trial_ends_the_run_with_its_error():
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_a_failing_trial_ends_the_run_with_its_error(jobs):
+    threads = torch.get_num_threads()
     with pytest.raises(ZeroDivisionError):
-        runner.run(fail, [1, 2], lambda trial: 1, jobs=1)
+        runner.run(fail, [1, 2], lambda trial: 1, jobs)
+    assert torch.get_num_threads() == threads
 
 
 def fail(trial, progress):

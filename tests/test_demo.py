@@ -6,10 +6,17 @@ import pytest
 
 from benchmarks.__main__ import main as benchmarks
 from benchmarks.demo import SPARSITIES
+from benchmarks.tasks import digits
 
 
-def test_demo_trains_prunes_prints_and_draws(tmp_path, capfd):
-    assert benchmarks(["demo", "--epochs", "2", "--seeds", "2", "--jobs", "1", "--output", str(tmp_path)]) == 0
+@pytest.fixture
+def few_images(monkeypatch):
+    few = {name: digits.Split(*(part[:256] for part in split)) for name, split in digits.load().items()}
+    monkeypatch.setattr(digits, "load", lambda: few)
+
+
+def test_demo_trains_prunes_prints_and_draws(few_images, tmp_path, capfd):
+    assert benchmarks(["demo", "--epochs", "1", "--seeds", "2", "--jobs", "1", "--output", str(tmp_path)]) == 0
     printed = capfd.readouterr().out
     for label in ("SGD ", "SGD + WCR", "SGD + scale-free WCR"):
         assert label in printed
@@ -45,9 +52,9 @@ def test_unknown_benchmark_is_named(capsys):
     assert "demo" in capsys.readouterr().out
 
 
-def test_demo_runs_every_sharpness_aware_method_with_and_without_a_penalty(tmp_path, capfd):
+def test_demo_runs_every_sharpness_aware_method_with_and_without_a_penalty(few_images, tmp_path, capfd):
     methods = "sgd,sam,ssam,sparse_sam,cram"
-    arguments = ["--methods", methods, "--wcr", "both", "--forms", "wcr", "--epochs", "1", "--seeds", "1"]
+    arguments = ["--methods", methods, "--wcr", "both", "--forms", "wcr", "--epochs", "1", "--seeds", "1", "--jobs", "1"]
     assert benchmarks(["demo", *arguments, "--output", str(tmp_path)]) == 0
     printed = capfd.readouterr().out
     for label in ("SGD", "SAM", "SSAM", "SparseSAM", "CrAM+"):
