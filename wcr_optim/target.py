@@ -15,13 +15,13 @@ from torch.optim import Optimizer
 
 from wcr_optim.checks import check_count, check_number
 from wcr_optim.layout import local
+from wcr_optim.lr_compensation import LrCompensation, follows_the_gradient, usual_exponent
 from wcr_optim.moments import Moments, accumulator, moments
 from wcr_optim.penalties import InverseVariance, Penalty
 from wcr_optim.strength import Strengths, check_total_steps
 from wcr_optim.tail import tail_energies
 from wcr_optim.trend import LossTrend
 from wcr_optim.uploads import upload
-from wcr_optim.wrapper import LR_FACTOR
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -41,13 +41,8 @@ MAX_ENERGY_LOSS, MAX_ENERGY_GROWTH = 10.0, 3.0  # as logarithms, of any layer ov
 RECOVERY = 1.1  # of a ceiling, from one measurement to the next at which the loss is well
 DEAD = 1e-4  # of its energy at the start: a layer that the penalty has all but taken away
 USELESS = 1.01  # a larger step that raises the thresholds by less than this has no effect left to give
-# By base: around one whose updates have a size of their own, such as Adam, and around SGD, whose have the gradient's.
-NORMALIZED, PLAIN = 1.0, 0.25  # exponents of the lr's compensation
-NORMALIZED_TAIL, PLAIN_TAIL = 3e-3, 1e-3  # goals: Adam moves what shall stay small as far as the rest
-UNCONDITIONAL = 0.5  # exponent up to which the loss has no say: it keeps the angle by which a unit turns
-RISE, EASE, FALL = 1.1, 0.9, 0.8  # of its factor, at most: loss falls, loss does not, loss is not well
+NORMALIZED_TAIL, PLAIN_TAIL = 3e-3, 1e-3  # goals around Adam, which moves what shall stay small as well, and around SGD
 RECENT = 3  # measurements since which the smoothed loss shall have fallen
-EVEN = 2 / math.pi  # effective density of Gaussian weights: none that starts denser has more to lose
 
 
 @dataclass
@@ -198,21 +193,19 @@ class SparsityTarget:
             raise ValueError(f"lr_exponent must lie in [0, 1], 0 to leave the lr alone, got {lr_exponent!r}")
         total_steps = check_total_steps(total_steps)
         self._strengths = Strengths(optimizer)
-        kinds = _kinds(self._strengths.decoupled)
+        base = self._strengths.decoupled
         if tail_energy is None:
-            tail_energy = PLAIN_TAIL if _follows_the_gradient(kinds) else NORMALIZED_TAIL
+            tail_energy = PLAIN_TAIL if follows_the_gradient(base) else NORMALIZED_TAIL
         self.sparsity, self.total_steps, self.tail_energy = float(sparsity), total_steps, float(tail_energy)
         self.max_dense_cost, self.scope, self.start, self.end = max_dense_cost, scope, start, end
         self.every = max(1, total_steps // MEASUREMENTS) if every is None else every
-        self.lr_exponent = _exponent(kinds) if lr_exponent is None else float(lr_exponent)
+        self.lr_exponent = usual_exponent(base) if lr_exponent is None else float(lr_exponent)
+        self._lr_compensation = LrCompensation(self._strengths, self.sparsity, self.lr_exponent)
         self.steps = 0
         self.last_tail = math.nan
         self.history: list[list[float]] = []
         self._loops: list[_Loop] = []
         self._first_energy: dict[str, float] = {}
-        self._first_density: dict[int, float] = {}  # of each group
-        for index in self._strengths.driven() if self.lr_exponent else ():
-            self._set_lr_factor(index, 1.0)  # from the start: a checkpoint loaded through a template finds a place
         self._loss = LossTrend()
         if isinstance(self._penalty, InverseVariance):
             warnings.warn(
@@ -232,7 +225,7 @@ class SparsityTarget:
 
     def lr_factors(self) -> list[float]:
         """Return by what each group's lr is multiplied at present in the base's update."""
-        return [float(group.get(LR_FACTOR, 1.0)) for group in self._strengths.groups]
+        return self._lr_compensation.values()
 
     def step(self, loss: float | Tensor | None = None) -> None:
         """Take note of one step of the optimizer; call it after each `optimizer.step()`.
@@ -279,8 +272,7 @@ class SparsityTarget:
             # takes no list of dicts for a value.
             "loops": {field.name: [getattr(loop, field.name) for loop in self._loops] for field in fields(_Loop)},
             "first_energy": [list(pair) for pair in self._first_energy.items()],
-            "first_density": [list(pair) for pair in self._first_density.items()],
-            "lr_factors": self.lr_factors(),
+            **self._lr_compensation.state_dict(),
             "loss": self._loss.state_dict(),
             "history": [list(row) for row in self.history],
         }
@@ -294,7 +286,6 @@ class SparsityTarget:
         columns = state_dict["loops"]
         loops = [_Loop(**dict(zip(columns, row, strict=True))) for row in zip(*columns.values(), strict=True)]
         history, energy = [list(row) for row in state_dict["history"]], dict(state_dict["first_energy"])
-        density, factors = dict(state_dict.get("first_density", ())), state_dict.get("lr_factors", ())
         steps, last_tail = state_dict["steps"], state_dict["last_tail"]
         several = len(loops) > 1 if self.scope == "global" else any(len(loop.groups) > 1 for loop in loops)
         if several:
@@ -305,12 +296,9 @@ class SparsityTarget:
         self._strengths.load(state_dict["given"], state_dict["reference"])
         self._loss, self.steps, self.last_tail = loss, steps, last_tail
         self._loops, self._first_energy, self.history = loops, energy, history
-        self._first_density = density
         for loop in self._loops:
             self._set(loop)
-        for index in self._strengths.driven():
-            if index < len(factors):
-                self._set_lr_factor(index, factors[index])
+        self._lr_compensation.load_state_dict(state_dict)
         self._ask_for_lifts()
 
     def _find_loops(self) -> None:
@@ -354,45 +342,6 @@ class SparsityTarget:
                 if index < len(self._strengths.groups):
                     self._strengths.set(index, loop.level)
 
-    def _set_lr_factor(self, index: int, factor: float) -> None:
-        present = self._strengths.groups[index].get(LR_FACTOR, 1.0)
-        if isinstance(present, Tensor):
-            present.fill_(factor)
-        else:
-            self._strengths.groups[index][LR_FACTOR] = factor
-
-    def _compensate(self, layers: Moments, groups: Sequence[int], cost: float) -> None:
-        """Have each group's base lr make up for lost density, up to what the wanted sparsity calls for.
-
-        Args:
-            layers: Moments of a loop's layers.
-            groups: The group of each.
-            cost: Rise of the loss above its best; while it is large, the factor falls, since it may be the reason.
-
-        """
-        if not self.lr_exponent:
-            return
-        well = not cost > self._loss.allowed(self.max_dense_cost) / 2  # NaN where no loss was given
-        falling = len(self.history) >= RECENT and self._loss.smooth < self.history[-RECENT][4]
-        # A mean of logarithms: a group has one lr, and layers that stay dense bear no factor that sparse ones call for.
-        logarithms = torch.where(layers.q > 0, layers.mu.square() / layers.q, math.nan).log()
-        most = 1 / (1 - self.sparsity)
-        for index in dict.fromkeys(groups):
-            density = math.exp(float(logarithms[[i for i, group in enumerate(groups) if group == index]].nanmean()))
-            if math.isnan(density):
-                continue  # nothing but NaN or zeros
-            first = self._first_density.setdefault(index, min(density, EVEN))
-            lost = min(max(first / density, 1.0), most)
-            wanted, least = lost**self.lr_exponent, lost ** min(self.lr_exponent, UNCONDITIONAL)
-            present = float(self._strengths.groups[index].get(LR_FACTOR, 1.0))
-            if not well:
-                factor = min(wanted, FALL * present)
-            elif falling:
-                factor = min(wanted, RISE * present)
-            else:
-                factor = max(min(wanted, EASE * present), min(least, RISE * present))
-            self._set_lr_factor(index, max(factor, 1.0))
-
     def _ask_for_lifts(self) -> None:
         """Have the step after each measurement enlarge the units that fell behind."""
         self._strengths.decoupled.lift_units = (
@@ -414,6 +363,8 @@ class SparsityTarget:
         layers = [self._layers(loop) for loop in self._loops]
         measured = self._measure(layers)
         cost = self._loss.update(measured.loss)
+        well = not cost > self._loss.allowed(self.max_dense_cost) / 2  # NaN where no loss was given
+        falling = len(self.history) >= RECENT and self._loss.smooth < self.history[-RECENT][4]
         pruned = total = 0.0
         for loop, named, of_layers, energies in zip(
             self._loops, layers, measured.layers, measured.energies, strict=True
@@ -428,8 +379,9 @@ class SparsityTarget:
             names = [name for name, _, _ in named]
             for name, energy in zip(names, (of_layers.n * of_layers.q).tolist(), strict=True):
                 self._first_energy.setdefault(name, energy)
-            self._compensate(of_layers, [index for _, index, _ in named], cost)
-            shares = self._shares([index for _, index, _ in named], lr)
+            groups = [index for _, index, _ in named]
+            self._lr_compensation.update(of_layers, groups, well=well, falling=falling)
+            shares = self._shares(groups, lr)
             if loop.lr_peak == 0.0:
                 self._begin(loop, of_layers, shares, lr)
             else:
@@ -580,27 +532,6 @@ class SparsityTarget:
         from wcr_optim.plots import training_curves
 
         return training_curves(self.history, path, accuracy, goal=self.tail_energy)
-
-
-def _kinds(optimizer: Optimizer) -> list[str]:
-    """Return the names of the classes that the optimizer at the end of the chain is of."""
-    below: Any = optimizer
-    while below is not None:
-        optimizer = below
-        # A wrapper of ours, what ZeroRedundancyOptimizer runs on each rank, or what Accelerate has prepared.
-        below = next((getattr(below, name) for name in ("base", "optim", "optimizer") if hasattr(below, name)), None)
-    return [kind.__name__ for kind in type(optimizer).__mro__]
-
-
-def _follows_the_gradient(kinds: Sequence[str]) -> bool:
-    """Say whether an optimizer's updates have the gradient's size, as SGD's do, and none of their own."""
-    return any("SGD" in name and "Sign" not in name for name in kinds)
-
-
-def _exponent(kinds: Sequence[str]) -> float:
-    if "LBFGS" in kinds:
-        return 0.0  # a quasi-Newton step finds its own length
-    return PLAIN if _follows_the_gradient(kinds) else NORMALIZED
 
 
 def _effect(penalty: Penalty, layers: Moments, s: Tensor) -> _Effect:
