@@ -57,13 +57,13 @@ def main(suite: str, argv: Sequence[str] | None = None) -> int:
                 print(f"{task}: searches that go on, as their best strength was their largest", flush=True)
                 runner.run_missing(work, trials, steps_of, results, o.jobs, ready)
         if o.split == "validation":
-            told = [method for method in methods if Method.of(method).has_goal]
-            trials = tuning.searches(task, told, 1, range(o.seeds), **common)
+            driven = [method for method in methods if Method.of(method).has_goal]
+            trials = tuning.searches(task, driven, 1, range(o.seeds), told=o.told, **common)
             runner.run_missing(work, trials, steps_of, results, o.jobs, ready)
             continue
         print(f"{task}: what they chose, on the test split", flush=True)
         rows = tuning.of_run(results.read(), lengths, o.options)
-        trials = tuning.choices(task, methods, rows, range(o.seeds), **common)
+        trials = tuning.choices(task, methods, rows, range(o.seeds), told=o.told, **common)
         runner.run_missing(work, trials, steps_of, results, o.jobs, ready)
     if o.split != "validation":
         report.write(tuning.of_run(results.read(), lengths, o.options), o.output, suite)
@@ -115,6 +115,13 @@ def _parse(suite: str, argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seeds", type=_count, help="runs on the test split of each choice (default: 3)")
     parser.add_argument("--strengths", type=_count, help="strengths of each search (default: 5)")
     parser.add_argument("--sparsities", type=_sparsities, default=SPARSITIES, help="to prune at (default: 0 to 0.99)")
+    parser.add_argument(
+        "--told",
+        type=_sparsities,
+        default=[],
+        help="what SparsityTarget is told beside the sparsities that are compared; its goal is searched on the "
+        "validation split, with --split validation (default: nothing)",
+    )
     parser.add_argument("--share", type=float, help="of the task's steps to train for (default: 1)")
     parser.add_argument("--options", default="", help="of SparsityTarget, as name=value;name=value")
     parser.add_argument("--split", choices=("both", "validation", "test"), default="both", help="(default: both)")

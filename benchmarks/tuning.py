@@ -71,12 +71,18 @@ def grid(task: str, method: str, count: int, *, beyond: bool = False) -> list[tu
 
 
 def searches(
-    task: str, methods: Iterable[str], count: int, seeds: Iterable[int], steps: int = 0, options: str = ""
+    task: str,
+    methods: Iterable[str],
+    count: int,
+    seeds: Iterable[int],
+    steps: int = 0,
+    options: str = "",
+    told: Sequence[float] = (),
 ) -> list[Trial]:
-    """List the runs on the validation split."""
+    """List the runs on the validation split; SparsityTarget is told `told` beside the sparsities that are compared."""
     trials = []
     for method in methods:
-        goals = tasks.task(task).goals if Method.of(method).has_goal else (0.0,)
+        goals = (*tasks.task(task).goals, *told) if Method.of(method).has_goal else (0.0,)
         for strength, rho in grid(task, method, count):
             for goal in goals:
                 for seed in seeds:
@@ -119,15 +125,22 @@ def beyond(
 
 
 def choices(
-    task: str, methods: Iterable[str], rows: Rows, seeds: Iterable[int], steps: int = 0, options: str = ""
+    task: str,
+    methods: Iterable[str],
+    rows: Rows,
+    seeds: Iterable[int],
+    steps: int = 0,
+    options: str = "",
+    told: Sequence[float] = (),
 ) -> list[Trial]:
-    """List the runs on the test split, with what the validation split chose."""
+    """List the runs on the test split: with what the validation split chose, and SparsityTarget's as for `searches`."""
     trials: list[Trial] = []
     for method in methods:
         parts, goals = Method.of(method), tasks.task(task).goals
         if parts.searched is None:
             settings = [
-                (0.0, RHO.get(parts.sharpness or "", 0.0), goal) for goal in (goals if parts.has_goal else (0.0,))
+                (0.0, RHO.get(parts.sharpness or "", 0.0), goal)
+                for goal in ((*goals, *told) if parts.has_goal else (0.0,))
             ]
         else:
             both = [chosen(rows, task, method, goal, careful=careful) for goal in goals for careful in (False, True)]
