@@ -54,8 +54,8 @@ def test_unknown_benchmark_is_named(capsys):
 
 def test_demo_runs_every_sharpness_aware_method_with_and_without_a_penalty(few_images, tmp_path, capfd):
     methods = "sgd,sam,ssam,sparse_sam,cram"
-    arguments = ["--methods", methods, "--wcr", "both", "--forms", "wcr", "--epochs", "1", "--seeds", "1", "--jobs", "1"]
-    assert benchmarks(["demo", *arguments, "--output", str(tmp_path)]) == 0
+    arguments = ["--methods", methods, "--wcr", "both", "--forms", "wcr", "--output", str(tmp_path)]
+    assert benchmarks(["demo", *arguments, "--epochs", "1", "--seeds", "1", "--jobs", "1"]) == 0
     printed = capfd.readouterr().out
     for label in ("SGD", "SAM", "SSAM", "SparseSAM", "CrAM+"):
         for end in (" ", " + WCR"):
