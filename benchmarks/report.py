@@ -288,7 +288,8 @@ def draw(rows: Rows, task: str, folder: Path) -> None:
         means = tuning.validation_means(rows, task, method)
         if len(means) > 1 and parts.pruning is None and parts.base == next(iter(kind.lr)):
             best = kind.best(at[0.0] for at in means.values())
-            near = [at for at in means.values() if abs(at[0.0] - best) <= SHOWN * kind.tolerance]
+            rising = [means[setting] for setting in sorted(means)]  # by strength, or by what was told
+            near = [at for at in rising if abs(at[0.0] - best) <= SHOWN * kind.tolerance]
             tradeoffs[parts.label] = [(at[0.0], at[goal]) for at in near]
     folder.mkdir(parents=True, exist_ok=True)
     if curves:
