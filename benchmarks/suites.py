@@ -117,7 +117,7 @@ def _parse(suite: str, argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--sparsities", type=_sparsities, default=SPARSITIES, help="to prune at (default: 0 to 0.99)")
     parser.add_argument(
         "--told",
-        type=_sparsities,
+        type=_goals,
         default=[],
         help="what SparsityTarget is told beside the sparsities that are compared; its goal is searched on the "
         "validation split, with --split validation (default: nothing)",
@@ -160,4 +160,11 @@ def _sparsities(text: str) -> list[float]:
     values = [float(x) for x in text.split(",")]
     if not all(0.0 <= value <= 1.0 for value in values):
         raise argparse.ArgumentTypeError(f"must lie in [0, 1], got {text}")
+    return values
+
+
+def _goals(text: str) -> list[float]:
+    values = _sparsities(text)
+    if {0.0, 1.0} & set(values):
+        raise argparse.ArgumentTypeError(f"must lie between 0 and 1, both excluded, got {text}")
     return values

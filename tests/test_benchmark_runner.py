@@ -408,6 +408,7 @@ def test_a_killed_benchmark_continues_where_it_stopped(tmp_path):
         (["--methods", "sgd+nothing"], "there is no method"),
         (["--seeds", "0"], "at least 1"),
         (["--sparsities", "1.5"], r"lie in \[0, 1\]"),
+        (["--told", "0.9,1"], "both excluded"),
         (["--quick", "--full"], "not allowed with"),
         (["--tasks", "language", "--methods", "sgd"], "no setting for the base"),
     ],
