@@ -4,7 +4,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt
-# pip compiles on one core, and the packages' own tests, too. Some packages hold templates that are no valid Python.
+# pip compiles on one core, and all that the packages hold. What is left out here is compiled if it is imported; some
+# packages hold templates that are no valid Python.
 COMPILE := $(BIN)/python -W ignore -m compileall -qq -j 0 -x '/(tests|models)/' $(VENV)/lib || true
 
 .PHONY: demo test bench-quick docs lint typecheck clean

@@ -82,9 +82,8 @@ def searches(
     """List the runs on the validation split; SparsityTarget is told `told` beside the sparsities that are compared."""
     trials = []
     for method in methods:
-        goals = (*tasks.task(task).goals, *told) if Method.of(method).has_goal else (0.0,)
         for strength, rho in grid(task, method, count):
-            for goal in goals:
+            for goal in _told(task, method, told):
                 for seed in seeds:
                     trials.append(
                         Trial(task, method, seed, strength, rho, goal, _options(method, options), steps=steps)
@@ -138,10 +137,8 @@ def choices(
     for method in methods:
         parts, goals = Method.of(method), tasks.task(task).goals
         if parts.searched is None:
-            settings = [
-                (0.0, RHO.get(parts.sharpness or "", 0.0), goal)
-                for goal in ((*goals, *told) if parts.has_goal else (0.0,))
-            ]
+            rho = RHO.get(parts.sharpness or "", 0.0)
+            settings = [(0.0, rho, goal) for goal in _told(task, method, told)]
         else:
             both = [chosen(rows, task, method, goal, careful=careful) for goal in goals for careful in (False, True)]
             settings = [(*pair, 0.0) for pair in dict.fromkeys(both) if pair is not None]
@@ -150,6 +147,11 @@ def choices(
                 own = _options(method, options)
                 trials.append(Trial(task, method, seed, strength, rho, goal, own, split="test", steps=steps))
     return trials
+
+
+def _told(task: str, method: str, told: Sequence[float]) -> tuple[float, ...]:
+    """Return each sparsity that a method is told in turn, 0 for those that are told none."""
+    return tuple(dict.fromkeys((*tasks.task(task).goals, *told))) if Method.of(method).has_goal else (0.0,)
 
 
 def _options(method: str, options: str) -> str:

@@ -16,7 +16,7 @@ def few_images(monkeypatch):
 
 
 def test_demo_trains_prunes_prints_and_draws(few_images, tmp_path, capfd):
-    assert benchmarks(["demo", "--epochs", "1", "--seeds", "2", "--jobs", "1", "--output", str(tmp_path)]) == 0
+    assert benchmarks(["demo", "--epochs", "2", "--seeds", "2", "--jobs", "1", "--output", str(tmp_path)]) == 0
     printed = capfd.readouterr().out
     for label in ("SGD ", "SGD + WCR", "SGD + scale-free WCR"):
         assert label in printed

@@ -24,7 +24,9 @@ EVEN = 2 / math.pi  # effective density of Gaussian weights: none that starts de
 class LrCompensation:
     """The factor of each driven group's lr in the base's update, which rises as the group's weights lose density.
 
-    The rule is in `SparsityTarget`'s text, which is the user of this.
+        (density at the start / density now) ^ exponent,    at least 1, at most (1 / (1 - sparsity)) ^ exponent
+
+    with density = mu^2 / q in the geometric mean over the group's layers; `SparsityTarget` says when less of it.
 
     Args:
         strengths: The groups.

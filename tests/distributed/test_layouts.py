@@ -13,7 +13,7 @@ from wcr_optim.pruning import magnitude_masks
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch was built without torch.distributed")
 
-STEPS = 3
+STEPS = 4
 PENALTIES = {
     "wcr": lambda base: WCR(base, 1e-2),
     "scale_free": lambda base: WCR(base, 1e-2, form="scale_free"),
