@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from wcr_optim import SSAM, WCR, AdamW, SparsityTarget, param_groups
-from wcr_optim.invariance import LEAST_ENERGY, MOST_LIFT, lifts
+from wcr_optim.invariance import LEAST_ENERGY, MOST_LIFT, hidden_units
 from wcr_optim.units import unit_moments
 
 SMALL = 0.3  # of its size, what a unit is brought down to: 0.09 of its energy
@@ -60,7 +60,7 @@ def lifted(net, seed=0):
     """Name the weights of which rows would be lifted, with how many."""
     gradients(net, seed)
     layers = matrices(net)
-    factors = lifts(list(layers.values()), unit_moments(list(layers.values())))
+    factors = hidden_units(list(layers.values()), unit_moments(list(layers.values()))).lifts
     counts = [int((part > 1).sum()) for part in torch.split(factors, [len(w) for w in layers.values()])]
     return {name: count for name, count in zip(layers, counts, strict=True) if count}
 
@@ -123,7 +123,7 @@ class TestWhoIsMeant:
         for p in matrices(net).values():
             layers.append(nn.Parameter(p.detach().to(dtype)))
             layers[-1].grad = p.grad.to(dtype)
-        factors = torch.split(lifts(layers, unit_moments(layers)), [12, 16, 3])
+        factors = torch.split(hidden_units(layers, unit_moments(layers)).lifts, [12, 16, 3])
         assert [int((part > 1).sum()) for part in factors] == [6, 8, 0]
 
     @pytest.mark.parametrize("kind", ["none", "zero", "nan", "inf", "sparse"])
@@ -137,7 +137,7 @@ class TestWhoIsMeant:
             "sparse": torch.ones(5, 3).to_sparse(),
         }
         w.grad = grads[kind]
-        assert (lifts([w], unit_moments([w])) == 1).all()
+        assert (hidden_units([w], unit_moments([w])).lifts == 1).all()
 
     def test_weights_without_elements_or_of_zeros_or_nan(self):
         layers = [nn.Parameter(torch.zeros(s)) for s in ((0, 4), (3, 0), (2, 2), (4, 3), (1, 3))]
@@ -145,7 +145,7 @@ class TestWhoIsMeant:
             layers[3][0] = torch.nan
         for w in layers:
             w.grad = torch.ones_like(w)
-        assert (lifts(layers, unit_moments(layers)) == 1).all()
+        assert (hidden_units(layers, unit_moments(layers)).lifts == 1).all()
 
 
 def test_factors_are_those_of_the_formula_row_by_row():
@@ -159,10 +159,10 @@ def test_factors_are_those_of_the_formula_row_by_row():
     for row in range(9):
         least = (LEAST_ENERGY * energies(w).mean() / energies(w)[row]).sqrt().item()
         expected = 1.0 if row == 1 else min(max(least, 1.0), MOST_LIFT)
-        assert lifts([p], unit_moments([p]))[row].item() == pytest.approx(expected, rel=1e-12)
-    assert lifts([p], unit_moments([p])).max() == MOST_LIFT
+        assert hidden_units([p], unit_moments([p])).lifts[row].item() == pytest.approx(expected, rel=1e-12)
+    assert hidden_units([p], unit_moments([p])).lifts.max() == MOST_LIFT
     p.grad = g
-    assert (lifts([p], unit_moments([p])) == 1).all()
+    assert (hidden_units([p], unit_moments([p])).lifts == 1).all()
 
 
 def train(net, optimizer, steps, target=None, first=0, closure=False):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from wcr_optim import backends
 from wcr_optim.fused import FusedUpdate
-from wcr_optim.invariance import lifts
+from wcr_optim.invariance import hidden_units, one_threshold, shrink_keeping_energy_
 from wcr_optim.layout import local, random_streams
 from wcr_optim.moments import Moments, accumulator, counts, moments, of_sums
 from wcr_optim.penalties import L1, L2, HoyerSquare, InverseVariance, Penalty, PerUnit, Relative, ScaleFree
@@ -25,6 +25,23 @@ from wcr_optim.wrapper import OptimizerWrapper
 ROUNDING_SEED = "rounding_seed"
 # Between the seeds of streams of random numbers: steps count up from one, fused calls by 2^32 (see `fused`).
 STREAM = 2**40
+# Between those of one stream where it is drawn from several times in a step.
+DRAW = 2**38
+
+Place = tuple[int, int]
+"""Where a weight stands: its group, and which of the group's parameters it is."""
+
+
+class _Units(NamedTuple):
+    """The units of layers that draw one stream of random numbers, and what the flow does to them."""
+
+    layers: list[Tensor]
+    moments: Moments
+    lengths: Tensor
+    gain: Tensor
+    threshold: Tensor
+    lift: Tensor | float
+    stream: int
 
 
 class Decoupled(OptimizerWrapper):
@@ -65,9 +82,16 @@ class Decoupled(OptimizerWrapper):
 
     group_keys = (*OptimizerWrapper.group_keys, "min_ndim")
     lift_units = False
-    """Whether the next step of a per-unit form enlarges units that fell behind, see `invariance.lifts`.
+    """Whether the next step of a per-unit form enlarges units that fell behind, see `invariance.hidden_units`.
 
     SparsityTarget asks for it, and the step takes it back. Inside a graph of torch.compile units are left as they are.
+    """
+    sighted: Sequence[tuple[list[Place], Tensor]] = ()
+    """What that step saw: layers, and whether the loss does not see the size of their units."""
+    alike: Sequence[Place] = ()
+    """Layers whose units all get one threshold and keep their energy, see `invariance.one_threshold`.
+
+    SparsityTarget says which. Inside a graph of torch.compile they get their own.
     """
     _outside_graphs: ClassVar[Callable[[Decoupled], None]]
 
@@ -124,21 +148,23 @@ class Decoupled(OptimizerWrapper):
         if isinstance(self.base, FusedUpdate):
             self.base.forget()  # what an interrupted step left
         weights: defaultdict[torch.device, list[Tensor]] = defaultdict(list)
+        places: defaultdict[torch.device, list[Place]] = defaultdict(list)
         lengths: defaultdict[torch.device, list[Tensor]] = defaultdict(list)
-        for group in self._filled_groups():
+        for number, group in enumerate(self._filled_groups()):
             s = group["lr"] * group[self.penalty.option]
             if _is_zero(s):
                 continue
-            for device, layers in self._regularized(group).items():
-                weights[device] += layers
-                lengths[device].append(_repeat(s, len(layers), device))
-        chosen = {device: backends.choose(self.backend, device, layers) for device, layers in weights.items()}
-        seed = self._next_seed(weights, chosen)
+            for device, chosen in self._regularized(group).items():
+                weights[device] += chosen.values()
+                places[device] += [(number, place) for place in chosen]
+                lengths[device].append(_repeat(s, len(chosen), device))
+        where = {device: backends.choose(self.backend, device, layers) for device, layers in weights.items()}
+        seed = self._next_seed(weights, where)
         for device, layers in weights.items():
-            backend = chosen[device]
+            backend = where[device]
             s = _joined(lengths[device])
             if self.penalty.per_unit:
-                self._shrink_units(layers, s, seed, backend)
+                self._shrink_units(layers, places[device], s, seed, backend)
                 continue
             gain, threshold = self._flow(self._moments(layers, backend), s, backend)
             if seed is None:
@@ -164,22 +190,57 @@ class Decoupled(OptimizerWrapper):
             left = [layers[i] for i in rest]
             shrink_(left, select(gain, rest), select(threshold, rest), seed=seed, backend=backend)
 
-    def _shrink_units(self, layers: list[Tensor], s: Tensor, seed: int | Tensor | None, backend: str) -> None:
+    def _shrink_units(
+        self, layers: list[Tensor], places: list[Place], s: Tensor, seed: int | Tensor | None, backend: str
+    ) -> None:
+        known = frozenset() if torch.compiler.is_compiling() else frozenset(self.alike)
+        for alike in (False, True):
+            index = [i for i, place in enumerate(places) if (place in known) == alike]
+            if index:
+                shrink = self._shrink_alike if alike else self._shrink_apart
+                own = self._units([layers[i] for i in index], [places[i] for i in index], select(s, index), backend)
+                shrink(own, seed, backend)
+
+    def _units(self, layers: list[Tensor], places: list[Place], s: Tensor, backend: str) -> Iterator[_Units]:
+        """Work out what the flow does to the units of each stream's layers."""
         for stream, index in random_streams(layers):
             own = [layers[i] for i in index]
             measured = unit_moments(own, backend=backend)
-            gain, threshold = self._flow(measured, spread(select(s, index), own), backend)
-            if not torch.compiler.is_compiling() and self.lift_units:
-                gain = gain * lifts(own, measured)
-            own_seed = None if seed is None else seed + stream * STREAM
-            shrink_units_(own, gain, threshold, seed=own_seed, backend=backend)
+            lengths = spread(select(s, index), own)
+            gain, threshold = self._flow(measured, lengths, backend)
+            lift: Tensor | float = 1.0
+            if self.lift_units and not torch.compiler.is_compiling():
+                hidden = hidden_units(own, measured)
+                lift = hidden.lifts
+                self.sighted = [*self.sighted, ([places[i] for i in index], hidden.layers)]
+            yield _Units(own, measured, lengths, gain, threshold, lift, stream)
 
-    def _regularized(self, group: Mapping[str, Any]) -> dict[torch.device, list[Tensor]]:
+    def _shrink_apart(self, units: Iterator[_Units], seed: int | Tensor | None, backend: str) -> None:
+        """Shrink every unit as its own flow has it."""
+        for own in units:
+            gain = own.gain if isinstance(own.lift, float) else own.gain * own.lift
+            own_seed = None if seed is None else seed + own.stream * STREAM
+            shrink_units_(own.layers, gain, own.threshold, seed=own_seed, backend=backend)
+
+    def _shrink_alike(self, units: Iterator[_Units], seed: int | Tensor | None, backend: str) -> None:
+        """Shrink all units by one threshold and let each keep its energy."""
+        every = list(units)
+        layers = [w for own in every for w in own.layers]
+        measured = Moments(*(torch.cat(columns) for columns in zip(*(own.moments for own in every), strict=True)))
+        own_thresholds, lengths = (torch.cat([getattr(own, x) for own in every]) for x in ("threshold", "lengths"))
+        common = one_threshold(layers, measured, own_thresholds, lengths)
+        for own, threshold in zip(every, torch.split(common, [len(own.threshold) for own in every]), strict=True):
+            first = None if seed is None else seed + own.stream * STREAM + DRAW
+            second = None if first is None else first + DRAW
+            shrink_keeping_energy_(own.layers, own.moments, threshold, own.lift, (first, second), backend)
+
+    def _regularized(self, group: Mapping[str, Any]) -> dict[torch.device, dict[int, Tensor]]:
+        """Return the weights of a group that the penalty acts on, by device and by their place in the group."""
         min_ndim = group.get("min_ndim", self.penalty.min_ndim)
-        layers: dict[torch.device, list[Tensor]] = {}
-        for w in group["params"]:
+        layers: dict[torch.device, dict[int, Tensor]] = {}
+        for place, w in enumerate(group["params"]):
             if w.grad is not None and w.ndim >= min_ndim:
-                layers.setdefault(local(w).device, []).append(w)
+                layers.setdefault(local(w).device, {})[place] = w
         return layers
 
     def _moments(self, layers: list[Tensor], backend: str) -> Moments:

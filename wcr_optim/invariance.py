@@ -5,27 +5,45 @@ gradient is orthogonal to it. But pruning by magnitude does see the size. Adam l
 concentrated on a few weights, nearly all of what would change its direction for the better is to make these smaller,
 and Adam takes that small gradient for as large as any other. A unit that ends up far smaller than the rest of its layer
 is pruned whole, however well it is concentrated.
+
+Nor need the threshold depend on the unit. The scale-free flow's is larger where a unit's kept weights are smaller,
+while Adam moves what shall stay small as far in all of them, and pruning ranks all of them together.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from wcr_optim.layout import as_dtensor, local, sum_over_shards
 from wcr_optim.moments import Moments, accumulator, compute_dtype
-from wcr_optim.units import add_over_ranks, number_of_units, rows_of, split_rows, spread
+from wcr_optim.units import add_over_ranks, number_of_units, rows_of, shrink_units_, split_rows, spread, unit_moments
+from wcr_optim.uploads import upload
 
 LEAST_ENERGY = 0.25  # of a unit, in shares of its layer's mean unit
 MOST_LIFT = 1.1  # of a unit's weights in one step: what BatchNorm's running statistics bear
 ALIGNED = 1e-3  # of the gradient's energy along the weights, in units of what random directions have, 1 / n
+MOST_THRESHOLD = 0.5  # in units of a unit's energy-weighted mean magnitude q / mu
+
+
+class Hidden(NamedTuple):
+    """What the gradients tell of units whose size the loss does not see.
+
+    Attributes:
+        lifts: By what to multiply each row, shape (rows,).
+        layers: Whether it holds of a layer as a whole, shape (layers,), bool.
+    """
+
+    lifts: Tensor
+    layers: Tensor
 
 
 @torch.no_grad()
-def lifts(layers: Sequence[Tensor], units: Moments) -> Tensor:
-    """Return by what to multiply the rows that hold little energy beside their layer, where the loss does not see it.
+def hidden_units(layers: Sequence[Tensor], units: Moments) -> Hidden:
+    """Find layers whose rows' size the loss does not see, and by what to multiply rows there that hold little energy.
 
         sqrt(0.25 mean_j |w[j]|^2 / |w[i]|^2), at least 1, at most 1.1,
 
@@ -44,9 +62,6 @@ def lifts(layers: Sequence[Tensor], units: Moments) -> Tensor:
         layers: Weights of any floating dtype, shape and strides, with gradients at these weights, all on one device.
         units: Their `unit_moments`.
 
-    Returns:
-        Factors, shape (rows,).
-
     Source:
         The test by orthogonality: Heo et al., "AdamP: Slowing down the slowdown for momentum optimizers on
         scale-invariant weights", ICLR 2021, there for the largest cosine over rows; the bound is ours.
@@ -57,10 +72,63 @@ def lifts(layers: Sequence[Tensor], units: Moments) -> Tensor:
     by_row = torch.stack([aligned, both, energy, torch.ones_like(energy)], dim=1)
     sums = torch.stack([rows.sum(0) for rows in torch.split(by_row, [number_of_units(w) for w in layers])])
     # What lies on several ranks is added up several times, in all four sums alike.
-    of_layer = [spread(column, layers) for column in sum_over_shards(sums, layers).unbind(1)]
-    hidden = (aligned < ALIGNED * both) & (of_layer[0] < ALIGNED * of_layer[1])
-    lift = (LEAST_ENERGY * of_layer[2] / of_layer[3] / energy).sqrt().clamp(1.0, MOST_LIFT)
-    return torch.where(hidden & lift.isfinite(), lift, 1.0)
+    sums = sum_over_shards(sums, layers)
+    whole = sums[:, 0] < ALIGNED * sums[:, 1]
+    hidden = (aligned < ALIGNED * both) & spread(whole, layers)
+    lift = (LEAST_ENERGY * spread(sums[:, 2] / sums[:, 3], layers) / energy).sqrt().clamp(1.0, MOST_LIFT)
+    return Hidden(torch.where(hidden & lift.isfinite(), lift, 1.0), whole)
+
+
+@torch.no_grad()
+def one_threshold(layers: Sequence[Tensor], units: Moments, threshold: Tensor, s: Tensor) -> Tensor:
+    """Return one threshold for all units of all layers: the geometric mean of their own, a weight counting as one.
+
+        min(s[i] exp(mean_j ln(threshold[j] / s[j])), q[i] / (2 mu[i]))
+
+    Units keep the ratio of their step lengths, and a threshold of 0 stays one.
+
+    Nothing here waits for a device. The ranks that hold parts of a DTensor must all call this.
+
+    Args:
+        layers: Weights, all on one device.
+        units: Their `unit_moments`.
+        threshold: What the penalty's flow gives each unit, shape (rows,).
+        s: Step lengths of the flow, shape (rows,).
+
+    """
+    driven = threshold > 0
+    logarithms = torch.where(driven, threshold / s, 1.0).log()
+    # Each rank counts the weights that lie here, so that rows which are cut count once, as all others do.
+    sizes = [number_of_units(w) for w in layers]
+    lengths = tuple([local(w).numel() // max(size, 1) for w, size in zip(layers, sizes, strict=True)])
+    weights = spread(upload(lengths, threshold.dtype, threshold.device), layers) * driven
+    by_row = torch.stack([logarithms * weights, weights], dim=1)
+    sums = sum_over_shards(torch.stack([rows.sum(0) for rows in torch.split(by_row, sizes)]), layers).sum(0)
+    common = s * (sums[0] / sums[1]).exp()
+    return torch.where(driven, common.minimum(MOST_THRESHOLD * units.q / units.mu), threshold)
+
+
+@torch.no_grad()
+def shrink_keeping_energy_(
+    layers: Sequence[Tensor],
+    units: Moments,
+    threshold: Tensor,
+    lift: Tensor | float,
+    seeds: tuple[int | Tensor | None, int | Tensor | None],
+    backend: str,
+) -> None:
+    """Shrink every row by its threshold, however many weights that takes, and give it the energy back that it had.
+
+        w[i] <- sqrt(|w[i]|^2 / |x|^2) x,    x = softshrink(w[i], threshold[i]),
+
+    the factor at most 1.1, and then times `lift`. The closed form of the flows does with one pass less, but only while
+    no weight reaches zero.
+    """
+    shrink_units_(layers, torch.ones_like(threshold), threshold, seed=seeds[0], backend=backend)
+    left = unit_moments(layers, backend=backend).q
+    gain = (units.q / left).sqrt().clamp(max=MOST_LIFT)
+    gain = torch.where(gain.isfinite(), gain, 1.0) * lift
+    shrink_units_(layers, gain, torch.zeros_like(threshold), seed=seeds[1], backend=backend)
 
 
 def _products(w: Tensor) -> Tensor:

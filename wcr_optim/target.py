@@ -14,10 +14,11 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from wcr_optim.checks import check_count, check_number
+from wcr_optim.decoupled import Place
 from wcr_optim.layout import local
 from wcr_optim.lr_compensation import LrCompensation, follows_the_gradient, usual_exponent
 from wcr_optim.moments import Moments, accumulator, moments
-from wcr_optim.penalties import InverseVariance, Penalty
+from wcr_optim.penalties import InverseVariance, Penalty, PerUnit
 from wcr_optim.strength import Strengths, check_total_steps
 from wcr_optim.tail import tail_energies
 from wcr_optim.trend import LossTrend
@@ -62,11 +63,19 @@ class _Loop:
 
 
 class _Measurement(NamedTuple):
-    """What one copy from the device tells: pruned and total energy of each loop, and the layers' moments."""
+    """What one copy from the device tells.
+
+    Attributes:
+        energies: Pruned and total energy of each loop.
+        layers: Moments of each loop's layers.
+        loss: Mean loss since the measurement before.
+        sighted: Whether the loss does not see the size of a layer's units, as the last step that looked saw it.
+    """
 
     energies: list[tuple[float, float]]
     layers: list[Moments]
     loss: float
+    sighted: dict[Place, bool]
 
 
 class _Effect(NamedTuple):
@@ -116,7 +125,8 @@ class SparsityTarget:
     Units (rows) whose size the network does not see, since BatchNorm follows them, are kept from becoming so small
     beside the rest of their layer that pruning takes them whole: with form="per_unit", the step after a measurement
     enlarges those that hold less than a quarter of the mean unit's energy, by a tenth at most. It knows them by their
-    gradient, see `invariance.lifts`.
+    gradient, see `invariance.hidden_units`. From the next measurement on, all units of such layers get one threshold,
+    unless around SGD or with scope="layer", see `invariance.one_threshold`.
 
     It does not kill the network: the strength stops rising where more of it would do nothing (a form that saturates),
     where the penalty would take a layer's energy away or has done so (l1), and where the smoothed training loss rises
@@ -201,6 +211,9 @@ class SparsityTarget:
         self.every = max(1, total_steps // MEASUREMENTS) if every is None else every
         self.lr_exponent = usual_exponent(base) if lr_exponent is None else float(lr_exponent)
         self._lr_compensation = LrCompensation(self._strengths, self.sparsity, self.lr_exponent)
+        # Around SGD, whose small weights stay small by themselves, and where each layer has a goal of its own, units
+        # keep the thresholds of their own flow.
+        self._alike = scope == "global" and isinstance(self._penalty, PerUnit) and not follows_the_gradient(base)
         self.steps = 0
         self.last_tail = math.nan
         self.history: list[list[float]] = []
@@ -263,6 +276,7 @@ class SparsityTarget:
 
     def state_dict(self) -> dict[str, Any]:
         """Return what `load_state_dict` needs to go on exactly: numbers, strings and lists of them."""
+        base = self._strengths.decoupled
         return {
             "steps": self.steps,
             "last_tail": self.last_tail,
@@ -273,6 +287,12 @@ class SparsityTarget:
             "loops": {field.name: [getattr(loop, field.name) for loop in self._loops] for field in fields(_Loop)},
             "first_energy": [list(pair) for pair in self._first_energy.items()],
             **self._lr_compensation.state_dict(),
+            "alike": [list(place) for place in base.alike],
+            "sighted": [
+                [*place, bool(hidden)]
+                for places, flags in base.sighted
+                for place, hidden in zip(places, flags.tolist(), strict=True)
+            ],
             "loss": self._loss.state_dict(),
             "history": [list(row) for row in self.history],
         }
@@ -299,6 +319,9 @@ class SparsityTarget:
         for loop in self._loops:
             self._set(loop)
         self._lr_compensation.load_state_dict(state_dict)
+        base, sighted = self._strengths.decoupled, state_dict.get("sighted", ())  # not in an earlier version's
+        base.alike = [(group, place) for group, place in state_dict.get("alike", ())]
+        base.sighted = [([(group, place)], torch.tensor([hidden])) for group, place, hidden in sighted]
         self._ask_for_lifts()
 
     def _find_loops(self) -> None:
@@ -362,6 +385,9 @@ class SparsityTarget:
     def _control(self) -> None:
         layers = [self._layers(loop) for loop in self._loops]
         measured = self._measure(layers)
+        if measured.sighted:
+            self._strengths.decoupled.alike = [place for place, hidden in measured.sighted.items() if hidden]
+        self._strengths.decoupled.sighted = ()
         cost = self._loss.update(measured.loss)
         well = not cost > self._loss.allowed(self.max_dense_cost) / 2  # NaN where no loss was given
         falling = len(self.history) >= RECENT and self._loss.smooth < self.history[-RECENT][4]
@@ -484,7 +510,10 @@ class SparsityTarget:
         found = _moments(every, device)
         energies = tail_energies([s for s in sets if s], self.sparsity).to(device, found.dtype)
         loss = self._loss.window(device, found.dtype)
-        numbers = torch.cat([loss.reshape(1), energies.flatten(), found.flatten()]).cpu().double()
+        sighted = self._strengths.decoupled.sighted if self._alike else ()
+        flags = [of_step.to(device, found.dtype) for _, of_step in sighted]
+        together = torch.cat([loss.reshape(1), energies.flatten(), found.flatten(), *flags]).cpu().double()
+        numbers, seen = together.tensor_split([len(together) - sum(map(len, flags))])
         pairs = numbers[1 : 1 + energies.numel()].view(-1, 2)
         n, mu, q = numbers[1 + energies.numel() :].view(3, -1)
         of_loops, of_layers, first, first_set = [], [], 0, 0
@@ -496,7 +525,9 @@ class SparsityTarget:
             span = slice(first, first + count)
             of_layers.append(Moments(n[span], mu[span], q[span]))
             first, first_set = first + count, first_set + members
-        return _Measurement(of_loops, of_layers, float(numbers[0]))
+        places = [place for of_step, _ in sighted for place in of_step]
+        hidden = dict(zip(places, seen.bool().tolist(), strict=True))
+        return _Measurement(of_loops, of_layers, float(numbers[0]), hidden)
 
     def _warn_if_missed(self) -> None:
         measured = [loop for loop in self._loops if not math.isnan(loop.tail)] or self._loops

@@ -11,7 +11,7 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from wcr_optim import WCR, SparsityTarget, compiled
-from wcr_optim.invariance import lifts
+from wcr_optim.invariance import hidden_units
 from wcr_optim.tail import tail_energies
 from wcr_optim.units import shrink_units_, unit_moments
 
@@ -89,7 +89,7 @@ def _lifts(rank):
         for w, g, to in zip(weights, gradients, places, strict=True):
             layers.append(torch.nn.Parameter(w if to is None else distribute_tensor(w, *to)))
             layers[-1].grad = g if to is None else distribute_tensor(g, *to)
-        return layers, lifts(layers, unit_moments(layers))
+        return layers, hidden_units(layers, unit_moments(layers)).lifts
 
     _, whole = found([None, None])
     assert min(whole[:6].max(), whole[6:].max()) > whole.min() == 1
@@ -105,7 +105,7 @@ def _lifts(rank):
     for w in layers:  # gradients that lie otherwise tell nothing, on all ranks alike
         w.grad = None
         w.grad = distribute_tensor(torch.ones(w.shape, dtype=w.dtype), mesh, [Replicate()])
-    assert (lifts(layers, unit_moments(layers)) == 1).all()
+    assert (hidden_units(layers, unit_moments(layers)).lifts == 1).all()
 
 
 def test_lifts_over_ranks():

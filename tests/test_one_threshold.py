@@ -1,0 +1,232 @@
+"""Units whose size a normalization layer hides get one threshold, and each keeps its energy."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+from tests.test_invariance import energies, gradients, normed, shrunk, train
+from wcr_optim import SAM, WCR, SparsityTarget, param_groups
+from wcr_optim.decoupled import Decoupled
+from wcr_optim.invariance import hidden_units, one_threshold, shrink_keeping_energy_
+from wcr_optim.moments import Moments
+from wcr_optim.penalties import PerUnit
+from wcr_optim.units import unit_moments
+
+
+def layers_of(net):
+    return [p for p in net.parameters() if p.ndim > 1]
+
+
+def slow_threshold(thresholds, lengths, sizes, m):
+    """The geometric mean, weight by weight, as the docstring has it."""
+    ratios = [t / s for t, s, n in zip(thresholds, lengths, sizes, strict=True) for _ in range(n) if t > 0]
+    mean = torch.tensor(ratios, dtype=torch.float64).log().mean().exp()
+    return [
+        min(float(s * mean), float(top)) if t > 0 else 0.0 for t, s, top in zip(thresholds, lengths, m, strict=True)
+    ]
+
+
+def slow_step(w, threshold):
+    """Shrink one row and give it its energy back."""
+    x = w.sign() * (w.abs() - threshold).clamp(min=0)
+    return x * min((w.square().sum() / x.square().sum()).sqrt().item(), 1.1)
+
+
+class TestWhoIsMeant:
+    def test_layers_before_batchnorm_as_a_whole_and_no_others(self):
+        for seed in range(5):
+            net = normed(seed)
+            gradients(net, seed)
+            layers = layers_of(net)
+            assert hidden_units(layers, unit_moments(layers)).layers.tolist() == [True, True, False]
+
+    def test_no_layer_without_gradients_or_elements(self):
+        layers = [nn.Parameter(torch.zeros(s)) for s in ((0, 4), (3, 0), (2, 2))] + [nn.Parameter(torch.randn(4, 3))]
+        for w in layers[:3]:
+            w.grad = torch.ones_like(w)
+        assert hidden_units(layers, unit_moments(layers)).layers.tolist() == [False] * 4
+
+
+class TestThreshold:
+    def test_is_the_geometric_mean_over_all_weights(self):
+        generator = torch.Generator().manual_seed(0)
+        layers = [torch.randn(s, generator=generator, dtype=torch.float64) for s in ((5, 7), (4, 2, 3), (3, 1))]
+        layers[1][2] = 0
+        units = unit_moments(layers)
+        lengths = torch.tensor([1e-3] * 5 + [2e-3] * 4 + [1e-3] * 3, dtype=torch.float64)
+        _, own = PerUnit().flow(units, lengths)
+        assert (own > 0).tolist() == [True] * 5 + [True, True, False, True] + [False] * 3  # rows of one have no spread
+        found = one_threshold(layers, units, own, lengths)
+        expected = slow_threshold(own, lengths, [7] * 5 + [6] * 4 + [1] * 3, 0.5 * units.q / units.mu)
+        torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64), rtol=1e-12, atol=0)
+        assert found[5] == pytest.approx(2 * found[0].item(), rel=1e-12)  # what groups are given stays a ratio
+
+    def test_is_bounded_where_a_unit_is_small(self):
+        w = torch.randn(6, 50, dtype=torch.float64)
+        w[0] *= 1e-6
+        units = unit_moments([w])
+        lengths = torch.full((6,), 1e-1, dtype=torch.float64)
+        _, own = PerUnit().flow(units, lengths)
+        found = one_threshold([w], units, own, lengths)
+        assert found[0] == 0.5 * units.q[0] / units.mu[0] < found[1]
+
+    def test_stays_zero_where_there_is_nothing_to_drive(self):
+        w = torch.stack([torch.zeros(4), torch.ones(4), torch.full((4,), torch.nan), torch.full((4,), torch.inf)])
+        units = unit_moments([w])
+        lengths = torch.ones(4, dtype=torch.float64)
+        _, own = PerUnit().flow(units, lengths)
+        assert not one_threshold([w], units, own, lengths).any()
+
+
+class TestShrink:
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+    def test_is_the_obvious_one_row_by_row(self, dtype):
+        torch.manual_seed(0)
+        layers = [
+            torch.randn(6, 40, dtype=dtype),
+            torch.randn(5, 3, 3, 3, dtype=dtype).to(memory_format=torch.channels_last),
+        ]
+        before = [w.clone() for w in layers]
+        units = unit_moments(layers)
+        threshold, lift = (
+            torch.linspace(0, 0.8, 11, dtype=torch.float64),
+            torch.linspace(1, 1.1, 11, dtype=torch.float64),
+        )
+        shrink_keeping_energy_(layers, units, threshold, lift, (None, None), "eager")
+        rows = [row for w in before for row in w]
+        for row, now, t, factor in zip(rows, [r for w in layers for r in w], threshold, lift, strict=True):
+            torch.testing.assert_close(now, slow_step(row, t.item()) * factor.item())
+
+    def test_leaves_alone_what_has_no_threshold(self):
+        w = torch.stack([torch.zeros(4), torch.ones(4), torch.full((4,), torch.nan), torch.full((4,), torch.inf)])
+        before = w.clone()
+        zeros = torch.zeros(4, dtype=torch.float64)
+        shrink_keeping_energy_([w], unit_moments([w]), zeros, 1.0, (None, None), "eager")
+        assert torch.equal(w.nan_to_num(7.0), before.nan_to_num(7.0))
+
+    def test_narrow_weights_keep_their_energy_through_many_steps(self):
+        torch.manual_seed(0)
+        w = torch.randn(8, 2000).to(torch.bfloat16)
+        start = energies(w)
+        for step in range(300):
+            units = unit_moments([w])
+            threshold = torch.full((8,), 1e-4, dtype=torch.float64)
+            shrink_keeping_energy_([w], units, threshold, 1.0, (2 * step, 2 * step + 1), "eager")
+        assert ((energies(w) / start) - 1).abs().max() < 0.02
+        assert (w == 0).float().mean() > 0.01
+
+
+class TestStep:
+    @pytest.mark.parametrize("lift", [False, True])
+    def test_alike_layers_take_one_threshold_and_others_their_own(self, lift):
+        net = shrunk(normed().double())
+        gradients(net, 0)
+        twin = copy.deepcopy(net)
+        for p, q in zip(net.parameters(), twin.parameters(), strict=True):
+            q.grad = p.grad.clone()
+        optimizers = []
+        for model in (net, twin):
+            groups = param_groups(model, weight_decay=0.0, weight_concentration=0.5)
+            optimizers.append(WCR(torch.optim.SGD(groups, lr=1e-2), form="per_unit"))
+            optimizers[-1].lift_units = lift
+        optimizers[0].alike = [(0, 0), (0, 1)]
+        before = [w.detach().clone() for w in layers_of(net)]
+        units = unit_moments(before)
+        lengths = torch.full((31,), 5e-3, dtype=torch.float64)
+        _, own = PerUnit().flow(units, lengths)
+        pair = Moments(*(x[:28] for x in units))
+        common = one_threshold(before[:2], pair, own[:28], lengths[:28])
+        assert common.unique().numel() < own[:28].unique().numel()
+        factor = hidden_units(layers_of(net), units).lifts if lift else torch.ones(31)
+        for optimizer in optimizers:
+            optimizer.step()
+        for w, b, t, f in zip(
+            layers_of(net)[:2], before[:2], common.split([12, 16]), factor[:28].split([12, 16]), strict=True
+        ):
+            expected = torch.stack([slow_step(r, x.item()) * y.item() for r, x, y in zip(b, t, f, strict=True)])
+            torch.testing.assert_close(w.detach(), expected - 1e-2 * w.grad)
+        assert torch.equal(net[7].weight, twin[7].weight)
+        assert not torch.equal(net[3].weight, twin[3].weight)
+
+    def test_a_compiled_step_gives_every_unit_its_own(self):
+        nets = [normed(), normed()]
+        for net, alike in zip(nets, ([(0, 0), (0, 1)], []), strict=True):
+            optimizer = WCR(torch.optim.SGD(param_groups(net), lr=1e-2), 0.5, form="per_unit")
+            optimizer.alike = alike
+            gradients(net, 0)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", DeprecationWarning)
+                torch.compile(optimizer.step, backend="eager")()
+        for a, b in zip(*(net.parameters() for net in nets), strict=True):
+            assert torch.equal(a, b)
+
+    def test_narrow_layers_draw_by_the_step(self):
+        finals = []
+        for _ in range(2):
+            net = normed().to(torch.bfloat16)
+            optimizer = WCR(torch.optim.SGD(param_groups(net), lr=1e-2), 1e-3, form="per_unit")
+            optimizer.alike = [(0, 0), (0, 1)]
+            train(net, optimizer, 5)
+            finals.append([p.detach() for p in net.parameters()])
+        assert all(torch.equal(a, b) for a, b in zip(*finals, strict=True))
+
+
+class TestInATarget:
+    def run(self, make, steps=12, form="per_unit", **options):
+        net = normed()
+        optimizer = WCR(make(param_groups(net)), form=form)
+        target = SparsityTarget(optimizer, 0.5, 100, every=5, **options)
+        seen = []
+        for step in range(steps):
+            train(net, optimizer, 1, target, first=step)
+            seen.append(sorted(optimizer.alike))
+        return seen
+
+    def test_layers_are_alike_from_the_measurement_after_they_were_seen(self):
+        seen = self.run(lambda groups: torch.optim.AdamW(groups, lr=1e-3))
+        assert seen == [[]] * 9 + [[(0, 0), (0, 1)]] * 3
+
+    @pytest.mark.parametrize(
+        ("make", "options"),
+        [
+            (lambda groups: torch.optim.SGD(groups, lr=1e-3), {}),
+            (lambda groups: torch.optim.AdamW(groups, lr=1e-3), {"scope": "layer"}),
+            (lambda groups: torch.optim.AdamW(groups, lr=1e-3), {"form": "scale_free"}),
+        ],
+        ids=["SGD", "layer", "scale_free"],
+    )
+    def test_not_around_sgd_nor_with_goals_of_their_own_nor_in_other_forms(self, make, options):
+        assert self.run(make, **options) == [[]] * 12
+
+    def test_a_norm_that_is_frozen_is_noticed(self):
+        net = normed()
+        optimizer = WCR(torch.optim.AdamW(param_groups(net), lr=1e-3), form="per_unit")
+        target = SparsityTarget(optimizer, 0.5, 100, every=5)
+        train(net, optimizer, 10, target)
+        net[1].eval()
+        train(net, optimizer, 5, target, first=10)
+        assert optimizer.alike == [(0, 1)]
+
+    def test_of_several_wrappers_the_driven_one_knows(self):
+        net = normed()
+        optimizer = WCR(SAM(torch.optim.AdamW(param_groups(net), lr=1e-3)), form="per_unit")
+        target = SparsityTarget(optimizer, 0.5, 100, every=5)
+        train(net, optimizer, 12, target, closure=True)  # its gradients belong to other weights
+        assert isinstance(optimizer, Decoupled)
+        assert (0, 2) not in optimizer.alike
+
+    def test_a_state_from_before_there_was_this_goes_on(self):
+        net = normed()
+        optimizer = WCR(torch.optim.AdamW(param_groups(net), lr=1e-3), form="per_unit")
+        target = SparsityTarget(optimizer, 0.5, 100, every=5)
+        train(net, optimizer, 7, target)
+        state = target.state_dict()
+        assert [place[:2] for place in state["sighted"]] == [[0, 0], [0, 1], [0, 2]]
+        for key in ("alike", "sighted"):
+            del state[key]
+        target.load_state_dict(state)
+        train(net, optimizer, 8, target, first=7)
+        assert sorted(optimizer.alike) == [(0, 0), (0, 1)]
