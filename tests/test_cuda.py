@@ -1,6 +1,7 @@
 """On a GPU: the same numbers as on the CPU, nothing that waits for the device, and steps that a CUDA graph can hold."""
 
 import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -110,6 +111,20 @@ def test_no_step_waits_for_the_device(make, form, backend, dtype):
     # SAM and SSAM read one norm a step, to know of a gradient that is not finite before any weight moves.
     allowed = 0 if isinstance(opt.base, torch.optim.AdamW) else 3
     assert sum("called a synchronizing" in str(w.message) for w in caught) <= allowed
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_units_of_one_threshold_wait_for_nothing_and_move_as_on_the_cpu(backend):
+    finals = []
+    for device, own in (("cpu", "eager"), ("cuda", backend)):
+        ps = parameters(device)
+        opt = WCR(adamw_fused(ps), 1e-4, form="per_unit", backend=own)
+        opt.alike = [(0, place) for place in range(0, len(ps), 2)]
+        run(opt, ps, 3)
+        with nothing_waits() if device == "cuda" else nullcontext():
+            run(opt, ps, 5)
+        finals.append([p.detach().cpu() for p in ps])
+    torch.testing.assert_close(*finals, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("cls", [AdamW, SGD])

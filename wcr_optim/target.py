@@ -214,6 +214,7 @@ class SparsityTarget:
         # Around SGD, whose small weights stay small by themselves, and where each layer has a goal of its own, units
         # keep the thresholds of their own flow.
         self._alike = scope == "global" and isinstance(self._penalty, PerUnit) and not follows_the_gradient(base)
+        base.alike = base.sighted = ()  # what another object before this one said
         self.steps = 0
         self.last_tail = math.nan
         self.history: list[list[float]] = []

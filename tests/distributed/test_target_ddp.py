@@ -11,7 +11,8 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from wcr_optim import WCR, SparsityTarget, compiled
-from wcr_optim.invariance import hidden_units
+from wcr_optim.invariance import hidden_units, one_threshold
+from wcr_optim.penalties import PerUnit
 from wcr_optim.tail import tail_energies
 from wcr_optim.units import shrink_units_, unit_moments
 
@@ -73,7 +74,7 @@ def test_units_over_ranks():
 
 
 def _lifts(rank):
-    """Which rows are lifted, and how far, does not depend on where they lie."""
+    """Which rows are lifted, how far, and what threshold all have, does not depend on where they lie."""
     mesh, plane = init_device_mesh("cpu", (4,)), init_device_mesh("cpu", (2, 2))
     weights = [torch.randn(6, 17, dtype=torch.float64), torch.randn(9, 2, 4, dtype=torch.float64)]
     gradients = []
@@ -89,9 +90,17 @@ def _lifts(rank):
         for w, g, to in zip(weights, gradients, places, strict=True):
             layers.append(torch.nn.Parameter(w if to is None else distribute_tensor(w, *to)))
             layers[-1].grad = g if to is None else distribute_tensor(g, *to)
-        return layers, hidden_units(layers, unit_moments(layers)).lifts
+        units = unit_moments(layers)
+        hidden = hidden_units(layers, units)
+        assert hidden.layers.all()
+        lengths = torch.full_like(units.n, 1e-2)
+        own = PerUnit().flow(units, lengths)[1]
+        common = one_threshold(layers, units, own, lengths)
+        assert not len(own) or not torch.equal(common, own)
+        return layers, torch.stack([hidden.lifts, common], dim=1)
 
-    _, whole = found([None, None])
+    _, both = found([None, None])
+    whole = both[:, 0]
     assert min(whole[:6].max(), whole[6:].max()) > whole.min() == 1
     for places in (
         [(mesh, [Shard(0)]), (mesh, [Shard(1)])],
@@ -100,12 +109,14 @@ def _lifts(rank):
     ):
         layers, here = found(places)
         rows = torch.cat([_rows_here(w, first) for w, first in zip(layers, (0, 6), strict=True)])
-        torch.testing.assert_close(here, whole[rows])
+        torch.testing.assert_close(here, both[rows])
     layers, _ = found([(mesh, [Shard(0)]), (mesh, [Shard(0)])])
     for w in layers:  # gradients that lie otherwise tell nothing, on all ranks alike
         w.grad = None
         w.grad = distribute_tensor(torch.ones(w.shape, dtype=w.dtype), mesh, [Replicate()])
-    assert (hidden_units(layers, unit_moments(layers)).lifts == 1).all()
+    found_none = hidden_units(layers, unit_moments(layers))
+    assert (found_none.lifts == 1).all()
+    assert not found_none.layers.any()
 
 
 def test_lifts_over_ranks():
@@ -149,6 +160,28 @@ def _sharded(rank):
 
 def test_fsdp2_drives_as_one_process_does():
     run_processes(_sharded, 2)
+
+
+def _alike(rank):
+    """Units that share a threshold share it over all ranks, and keep their energy on each."""
+    whole, sharded = small_net(torch.float64), small_net(torch.float64)
+    mesh = init_device_mesh("cpu", (2,))
+    fully_shard(sharded, mesh=mesh, shard_placement_fn=lambda w: Shard(1) if w.shape == (3, 12) else None)
+    for net, size in ((whole, 1), (sharded, 2)):
+        matrices = [p for p in net.parameters() if p.ndim > 1]
+        optimizer = WCR(torch.optim.AdamW([{"params": matrices}], lr=1e-2), 0.02, form="per_unit")
+        optimizer.alike = [(0, 0), (0, 1)]
+        for step in range(5):
+            x, y = (part.tensor_split(size)[rank % size] for part in small_batch(step, torch.float64))
+            optimizer.zero_grad()
+            (net(x) - y).square().mean().backward()
+            optimizer.step()
+    for w, v in zip(whole.parameters(), sharded.parameters(), strict=True):
+        torch.testing.assert_close(v.full_tensor(), w)
+
+
+def test_one_threshold_over_ranks():
+    run_processes(_alike, 2)
 
 
 def _replicas(rank):
