@@ -7,53 +7,12 @@ import warnings
 
 import pytest
 import torch
+from normed_network import energies, gradients, images, matrices, normed, shrunk, train
 from torch import nn
 
 from wcr_optim import SSAM, WCR, AdamW, SparsityTarget, param_groups
 from wcr_optim.invariance import LEAST_ENERGY, MOST_LIFT, hidden_units
 from wcr_optim.units import unit_moments
-
-SMALL = 0.3  # of its size, what a unit is brought down to: 0.09 of its energy
-
-
-def normed(seed=0) -> nn.Sequential:
-    torch.manual_seed(seed)
-    return nn.Sequential(
-        nn.Conv2d(1, 12, 3, padding=1, bias=False),
-        nn.BatchNorm2d(12),
-        nn.ReLU(),
-        nn.Conv2d(12, 16, 3),  # with a bias, which BatchNorm takes away again
-        nn.BatchNorm2d(16),
-        nn.ReLU(),
-        nn.Flatten(),
-        nn.Linear(16 * 16, 3),
-    )
-
-
-def images(step, size=32):
-    generator = torch.Generator().manual_seed(step)
-    x = torch.randn(size, 1, 6, 6, generator=generator)
-    return x, (x[:, 0, 2, 2] > 0).long() + (x[:, 0, 3, 3] > 0).long()
-
-
-def gradients(net, step):
-    x, y = images(step)
-    net.zero_grad()
-    loss = nn.functional.cross_entropy(net(x.to(next(net.parameters()))), y)
-    loss.backward()
-    return loss
-
-
-def matrices(net):
-    return {name: p for name, p in net.named_parameters() if p.ndim > 1}
-
-
-def shrunk(net):
-    """Bring the first half of the units of every weight down to the same small size."""
-    with torch.no_grad():
-        for w in matrices(net).values():
-            w[: len(w) // 2] *= SMALL
-    return net
 
 
 def lifted(net, seed=0):
@@ -63,10 +22,6 @@ def lifted(net, seed=0):
     factors = hidden_units(list(layers.values()), unit_moments(list(layers.values()))).lifts
     counts = [int((part > 1).sum()) for part in torch.split(factors, [len(w) for w in layers.values()])]
     return {name: count for name, count in zip(layers, counts, strict=True) if count}
-
-
-def energies(w):
-    return w.detach().double().square().flatten(1).sum(1)
 
 
 class TestWhoIsMeant:
@@ -163,17 +118,6 @@ def test_factors_are_those_of_the_formula_row_by_row():
     assert hidden_units([p], unit_moments([p])).lifts.max() == MOST_LIFT
     p.grad = g
     assert (hidden_units([p], unit_moments([p])).lifts == 1).all()
-
-
-def train(net, optimizer, steps, target=None, first=0, closure=False):
-    for step in range(first, first + steps):
-        if closure:
-            loss = optimizer.step(lambda step=step: gradients(net, step))
-        else:
-            loss = gradients(net, step)
-            optimizer.step()
-        if target is not None:
-            target.step(loss)
 
 
 def adam(net, form="per_unit", lr=1e-4):

@@ -5,15 +5,17 @@ import warnings
 
 import pytest
 import torch
+from normed_network import energies, gradients, normed, shrunk, train
 from torch import nn
 
-from tests.test_invariance import energies, gradients, normed, shrunk, train
-from wcr_optim import SAM, WCR, SparsityTarget, param_groups
+from wcr_optim import SAM, WCR, SparsityTarget, compiled, param_groups
 from wcr_optim.decoupled import Decoupled
-from wcr_optim.invariance import hidden_units, one_threshold, shrink_keeping_energy_
+from wcr_optim.invariance import hidden_units, one_threshold
 from wcr_optim.moments import Moments
 from wcr_optim.penalties import PerUnit
-from wcr_optim.units import unit_moments
+from wcr_optim.units import shrink_keeping_energy_, unit_moments
+
+needs_compiler = pytest.mark.skipif(compiled.why_not() is not None, reason=str(compiled.why_not()))
 
 
 def layers_of(net):
@@ -82,8 +84,9 @@ class TestThreshold:
 
 
 class TestShrink:
+    @pytest.mark.parametrize("backend", ["eager", pytest.param("compiled", marks=needs_compiler)])
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-    def test_is_the_obvious_one_row_by_row(self, dtype):
+    def test_is_the_obvious_one_row_by_row(self, dtype, backend):
         torch.manual_seed(0)
         layers = [
             torch.randn(6, 40, dtype=dtype),
@@ -95,7 +98,7 @@ class TestShrink:
             torch.linspace(0, 0.8, 11, dtype=torch.float64),
             torch.linspace(1, 1.1, 11, dtype=torch.float64),
         )
-        shrink_keeping_energy_(layers, units, threshold, lift, (None, None), "eager")
+        shrink_keeping_energy_(layers, units, threshold, lift, backend=backend)
         rows = [row for w in before for row in w]
         for row, now, t, factor in zip(rows, [r for w in layers for r in w], threshold, lift, strict=True):
             torch.testing.assert_close(now, slow_step(row, t.item()) * factor.item())
@@ -104,7 +107,7 @@ class TestShrink:
         w = torch.stack([torch.zeros(4), torch.ones(4), torch.full((4,), torch.nan), torch.full((4,), torch.inf)])
         before = w.clone()
         zeros = torch.zeros(4, dtype=torch.float64)
-        shrink_keeping_energy_([w], unit_moments([w]), zeros, 1.0, (None, None), "eager")
+        shrink_keeping_energy_([w], unit_moments([w]), zeros, zeros + 1)
         assert torch.equal(w.nan_to_num(7.0), before.nan_to_num(7.0))
 
     def test_narrow_weights_keep_their_energy_through_many_steps(self):
@@ -114,7 +117,7 @@ class TestShrink:
         for step in range(300):
             units = unit_moments([w])
             threshold = torch.full((8,), 1e-4, dtype=torch.float64)
-            shrink_keeping_energy_([w], units, threshold, 1.0, (2 * step, 2 * step + 1), "eager")
+            shrink_keeping_energy_([w], units, threshold, torch.ones_like(threshold), seed=step)
         assert ((energies(w) / start) - 1).abs().max() < 0.02
         assert (w == 0).float().mean() > 0.01
 

@@ -13,20 +13,20 @@ from torch.optim import Optimizer
 
 from wcr_optim import backends
 from wcr_optim.fused import FusedUpdate
-from wcr_optim.invariance import hidden_units, one_threshold, shrink_keeping_energy_
+from wcr_optim.invariance import hidden_units, one_threshold
 from wcr_optim.layout import local, random_streams
 from wcr_optim.moments import Moments, accumulator, counts, moments, of_sums
 from wcr_optim.penalties import L1, L2, HoyerSquare, InverseVariance, Penalty, PerUnit, Relative, ScaleFree
 from wcr_optim.shrink import shrink_
-from wcr_optim.units import shrink_units_, spread, unit_moments
+from wcr_optim.units import shrink_keeping_energy_, shrink_units_, spread, unit_moments
 from wcr_optim.uploads import select
 from wcr_optim.wrapper import OptimizerWrapper
 
 ROUNDING_SEED = "rounding_seed"
 # Between the seeds of streams of random numbers: steps count up from one, fused calls by 2^32 (see `fused`).
 STREAM = 2**40
-# Between those of one stream where it is drawn from several times in a step.
-DRAW = 2**38
+# From those of other layers, for layers that are rounded in a call of their own.
+APART = 2**39
 
 Place = tuple[int, int]
 """Where a weight stands: its group, and which of the group's parameters it is."""
@@ -230,9 +230,9 @@ class Decoupled(OptimizerWrapper):
         own_thresholds, lengths = (torch.cat([getattr(own, x) for own in every]) for x in ("threshold", "lengths"))
         common = one_threshold(layers, measured, own_thresholds, lengths)
         for own, threshold in zip(every, torch.split(common, [len(own.threshold) for own in every]), strict=True):
-            first = None if seed is None else seed + own.stream * STREAM + DRAW
-            second = None if first is None else first + DRAW
-            shrink_keeping_energy_(own.layers, own.moments, threshold, own.lift, (first, second), backend)
+            own_seed = None if seed is None else seed + own.stream * STREAM + APART
+            lift = own.lift if isinstance(own.lift, Tensor) else torch.ones_like(threshold)
+            shrink_keeping_energy_(own.layers, own.moments, threshold, lift, seed=own_seed, backend=backend)
 
     def _regularized(self, group: Mapping[str, Any]) -> dict[torch.device, dict[int, Tensor]]:
         """Return the weights of a group that the penalty acts on, by device and by their place in the group."""

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from wcr_optim.layout import as_dtensor, local, sum_over_shards
 from wcr_optim.moments import Moments, accumulator, compute_dtype
-from wcr_optim.units import add_over_ranks, number_of_units, rows_of, shrink_units_, split_rows, spread, unit_moments
+from wcr_optim.units import add_over_ranks, number_of_units, rows_of, split_rows, spread
 from wcr_optim.uploads import upload
 
 LEAST_ENERGY = 0.25  # of a unit, in shares of its layer's mean unit
@@ -106,29 +106,6 @@ def one_threshold(layers: Sequence[Tensor], units: Moments, threshold: Tensor, s
     sums = sum_over_shards(torch.stack([rows.sum(0) for rows in torch.split(by_row, sizes)]), layers).sum(0)
     common = s * (sums[0] / sums[1]).exp()
     return torch.where(driven, common.minimum(MOST_THRESHOLD * units.q / units.mu), threshold)
-
-
-@torch.no_grad()
-def shrink_keeping_energy_(
-    layers: Sequence[Tensor],
-    units: Moments,
-    threshold: Tensor,
-    lift: Tensor | float,
-    seeds: tuple[int | Tensor | None, int | Tensor | None],
-    backend: str,
-) -> None:
-    """Shrink every row by its threshold, however many weights that takes, and give it the energy back that it had.
-
-        w[i] <- sqrt(|w[i]|^2 / |x|^2) x,    x = softshrink(w[i], threshold[i]),
-
-    the factor at most 1.1, and then times `lift`. The closed form of the flows does with one pass less, but only while
-    no weight reaches zero.
-    """
-    shrink_units_(layers, torch.ones_like(threshold), threshold, seed=seeds[0], backend=backend)
-    left = unit_moments(layers, backend=backend).q
-    gain = (units.q / left).sqrt().clamp(max=MOST_LIFT)
-    gain = torch.where(gain.isfinite(), gain, 1.0) * lift
-    shrink_units_(layers, gain, torch.zeros_like(threshold), seed=seeds[1], backend=backend)
 
 
 def _products(w: Tensor) -> Tensor:

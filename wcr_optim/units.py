@@ -24,6 +24,9 @@ from wcr_optim.uploads import keep, upload
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
+MOST_GAIN = 1.1  # that gives a row its energy back in one step
+SECOND_DRAW = 2**38  # from one seed to another, where weights are rounded twice in a step
+
 
 @torch.no_grad()
 def unit_moments(layers: Sequence[Tensor], *, backend: str = "eager") -> Moments:
@@ -82,6 +85,48 @@ def shrink_units_(
         backends.unit_implementation(backend).shrink_units_(parts, gain, threshold, seed)
 
 
+@torch.no_grad()
+def shrink_keeping_energy_(
+    layers: Sequence[Tensor],
+    units: Moments,
+    threshold: Tensor,
+    lift: Tensor,
+    *,
+    seed: int | Tensor | None = None,
+    backend: str = "eager",
+) -> None:
+    """Shrink every row in place, however many weights that takes, and give it the energy back that it had.
+
+        w[i] <- lift[i] min(|w[i]| / |x|, 1.1) x,    x = softshrink(w[i], threshold[i])
+
+    The closed form of the flows knows the energy beforehand, but only while no weight reaches zero. Eager does this in
+    one pass, unless a row lies on several ranks; what is left is measured by another pass elsewhere, and given back by
+    a third, which rounds anew.
+
+    Args:
+        layers: Weights as for `unit_moments`; a DTensor's local part is written. All ranks must call this.
+        units: Their `unit_moments`.
+        threshold: Thresholds, shape (rows,), in units of a weight, not negative. A row with 0 keeps its weights.
+        lift: Factors, shape (rows,).
+        seed: As for `shrink_units_` (default: None).
+        backend: As for `shrink_units_` (default: "eager").
+
+    """
+    if backend == "eager" and not any(map(_cut_by, layers)):
+        eager_shrink_units_([local(w) for w in layers], lift, threshold, seed, energy=units.n * units.q)
+        return
+    shrink_units_(layers, torch.ones_like(threshold), threshold, seed=seed, backend=backend)
+    gain = _gain(units.q, unit_moments(layers, backend=backend).q) * lift
+    seed = None if seed is None else seed + SECOND_DRAW
+    shrink_units_(layers, gain, torch.zeros_like(threshold), seed=seed, backend=backend)
+
+
+def _gain(before: Tensor, left: Tensor) -> Tensor:
+    """Return the factor that makes up for lost energy, 1 for rows without any and those that are not finite."""
+    gain = (before / left).sqrt().clamp(max=MOST_GAIN)
+    return torch.where(gain.isfinite(), gain, 1.0)
+
+
 def number_of_units(w: Tensor) -> int:
     """Count the rows of a weight, or of this rank's part of it; a single number is one."""
     part = local(w)
@@ -112,21 +157,33 @@ def eager_unit_sums(parts: Sequence[Tensor]) -> list[Tensor]:
     return [_sums(rows) if rows.numel() else _no_sums(rows) for rows in map(rows_of, parts)]
 
 
-def eager_shrink_units_(parts: Sequence[Tensor], gain: Tensor, threshold: Tensor, seed: int | Tensor | None) -> None:
-    """`shrink_units_` of plain tensors with torch's own kernels."""
+def eager_shrink_units_(
+    parts: Sequence[Tensor],
+    gain: Tensor,
+    threshold: Tensor,
+    seed: int | Tensor | None,
+    energy: Tensor | None = None,
+) -> None:
+    """`shrink_units_` of plain tensors with torch's own kernels; `shrink_keeping_energy_` where rows have an energy."""
     rows = [rows_of(w) for w in parts]
     narrow = [piece.numel() for w in rows if w.element_size() < 4 for piece in split_rows(w)]
     noise = Noise(int(seed), max(narrow), rows[0].device) if seed is not None and narrow else None
     sizes = [len(w) for w in rows]
-    for w, *columns in zip(rows, torch.split(gain, sizes), torch.split(threshold, sizes), strict=True):
+    energies = [None] * len(rows) if energy is None else torch.split(energy, sizes)
+    columns = zip(rows, torch.split(gain, sizes), torch.split(threshold, sizes), energies, strict=True)
+    for w, own_gain, own_threshold, before in columns:
         dtype, at_once = compute_dtype(w), _rows_at_once(w)
-        g, t = (torch.split(x.to(dtype).view(-1, *[1] * (w.ndim - 1)), at_once) for x in columns)
-        for piece, piece_gain, bound in zip(torch.split(w, at_once), g, t, strict=True):
-            x = piece.to(dtype)
+        by_row = (-1, *[1] * (w.ndim - 1))
+        for start, piece in enumerate(torch.split(w, at_once)):
+            here = slice(start * at_once, start * at_once + len(piece))
+            x, bound, factor = piece.to(dtype), own_threshold[here].to(dtype).view(by_row), own_gain[here]
             # Not clamp(x, -t, t), as torch's is slow where the bounds are tensors.
             within = torch.maximum(x, -bound)
             torch.minimum(within, bound, out=within)
-            x = x.sub_(within).mul_(piece_gain)
+            x.sub_(within)
+            if before is not None and piece.numel():
+                factor = _gain(before[here], _sums(x)[:, 1]) * factor
+            x.mul_(factor.to(dtype).view(by_row))
             if x is not piece:
                 piece.copy_(round_to(x, piece.dtype, noise, piece))
 
@@ -171,14 +228,8 @@ def add_over_ranks(sums: list[Tensor], layers: Sequence[Tensor]) -> list[Tensor]
     """Add up the rows that are cut: one all-reduce for every mesh dimension that does so, for all weights together."""
     cut: defaultdict[tuple[DeviceMesh, int], list[int]] = defaultdict(list)
     for index, w in enumerate(layers):
-        sharded = as_dtensor(w)
-        for dim, placement in enumerate(sharded.placements if sharded is not None else ()):
-            if placement.is_partial():
-                raise ValueError(
-                    f"weights of shape {tuple(w.shape)} hold pending partial sums; redistribute them first"
-                )
-            if sharded is not None and not placement.is_replicate() and getattr(placement, "dim", None) != 0:
-                cut[sharded.device_mesh, dim].append(index)
+        for place in _cut_by(w):
+            cut[place].append(index)
     for (mesh, dim), indices in cut.items():
         together = torch.cat([sums[index] for index in indices])
         torch.distributed.all_reduce(together, group=mesh.get_group(dim))
@@ -186,3 +237,14 @@ def add_over_ranks(sums: list[Tensor], layers: Sequence[Tensor]) -> list[Tensor]
         for index, part in zip(indices, parts, strict=True):
             sums[index] = part
     return sums
+
+
+def _cut_by(w: Tensor) -> list[tuple[DeviceMesh, int]]:
+    """Return the mesh dimensions over which rows are cut."""
+    sharded, cut = as_dtensor(w), []
+    for dim, placement in enumerate(sharded.placements if sharded is not None else ()):
+        if placement.is_partial():
+            raise ValueError(f"weights of shape {tuple(w.shape)} hold pending partial sums; redistribute them first")
+        if sharded is not None and not placement.is_replicate() and getattr(placement, "dim", None) != 0:
+            cut.append((sharded.device_mesh, dim))
+    return cut
