@@ -213,6 +213,24 @@ class TestInATarget:
         train(net, optimizer, 5, target, first=10)
         assert optimizer.alike == [(0, 1)]
 
+    def test_what_another_target_said_is_forgotten(self):
+        net = normed()
+        optimizer = WCR(torch.optim.AdamW(param_groups(net), lr=1e-3), form="per_unit")
+        train(net, optimizer, 12, SparsityTarget(optimizer, 0.5, 100, every=5))
+        assert optimizer.alike
+        SparsityTarget(optimizer, 0.5, 100, scope="layer")
+        assert not optimizer.alike
+
+    def test_only_the_last_look_is_kept(self):
+        net = normed()
+        optimizer = WCR(torch.optim.AdamW(param_groups(net), lr=1e-3), form="per_unit")
+        for step in range(3):
+            optimizer.lift_units = True
+            train(net, optimizer, 1, first=step)
+        ((places, hidden),) = optimizer.sighted
+        assert places == [(0, 0), (0, 1), (0, 2)]
+        assert hidden.tolist() == [True, True, False]
+
     def test_of_several_wrappers_the_driven_one_knows(self):
         net = normed()
         optimizer = WCR(SAM(torch.optim.AdamW(param_groups(net), lr=1e-3)), form="per_unit")

@@ -147,6 +147,8 @@ class Decoupled(OptimizerWrapper):
     def _regularize(self) -> None:
         if isinstance(self.base, FusedUpdate):
             self.base.forget()  # what an interrupted step left
+        if self.lift_units and not torch.compiler.is_compiling():
+            self.sighted = ()
         weights: defaultdict[torch.device, list[Tensor]] = defaultdict(list)
         places: defaultdict[torch.device, list[Place]] = defaultdict(list)
         lengths: defaultdict[torch.device, list[Tensor]] = defaultdict(list)
