@@ -25,7 +25,9 @@ from wcr_optim.uploads import upload
 
 LEAST_ENERGY = 0.25  # of a unit, in shares of its layer's mean unit
 MOST_LIFT = 1.1  # of a unit's weights in one step: what BatchNorm's running statistics bear
-ALIGNED = 1e-3  # of the gradient's energy along the weights, in units of what random directions have, 1 / n
+# Of the gradient's energy along the weights, in units of what random directions have, 1 / n: up to where a row may be
+# enlarged, and up to where a layer is hidden as a whole, whose sum varies less.
+ALIGNED, LAYER_ALIGNED = 1e-3, 1e-2
 MOST_THRESHOLD = 0.5  # in units of a unit's energy-weighted mean magnitude q / mu
 
 
@@ -54,7 +56,8 @@ def hidden_units(layers: Sequence[Tensor], units: Moments) -> Hidden:
     in a layer where the same holds of the sums over rows; 1 for all others, those without a gradient among them. Rows
     before a BatchNorm are at 1e-5 / n and mostly far below, unless their outputs' variance is down at its eps; others
     at 1 / n and more, so that a single row is below the line by chance but hardly a whole layer. Gradients at other
-    weights than these, such as SAM's, are seldom orthogonal enough.
+    weights than these, such as SAM's, are seldom that orthogonal; a layer is hidden as a whole where the sums over its
+    rows are below 1e-2 / n, which most layers before a BatchNorm are around SAM, too.
 
     Nothing here waits for a device. The ranks that hold parts of a DTensor must all call this.
 
@@ -73,10 +76,9 @@ def hidden_units(layers: Sequence[Tensor], units: Moments) -> Hidden:
     sums = torch.stack([rows.sum(0) for rows in torch.split(by_row, [number_of_units(w) for w in layers])])
     # What lies on several ranks is added up several times, in all four sums alike.
     sums = sum_over_shards(sums, layers)
-    whole = sums[:, 0] < ALIGNED * sums[:, 1]
-    hidden = (aligned < ALIGNED * both) & spread(whole, layers)
+    hidden = (aligned < ALIGNED * both) & spread(sums[:, 0] < ALIGNED * sums[:, 1], layers)
     lift = (LEAST_ENERGY * spread(sums[:, 2] / sums[:, 3], layers) / energy).sqrt().clamp(1.0, MOST_LIFT)
-    return Hidden(torch.where(hidden & lift.isfinite(), lift, 1.0), whole)
+    return Hidden(torch.where(hidden & lift.isfinite(), lift, 1.0), sums[:, 0] < LAYER_ALIGNED * sums[:, 1])
 
 
 @torch.no_grad()
