@@ -119,7 +119,7 @@ def test_units_of_one_threshold_wait_for_nothing_and_move_as_on_the_cpu(backend)
     for device, own in (("cpu", "eager"), ("cuda", backend)):
         ps = parameters(device)
         opt = WCR(adamw_fused(ps), 1e-4, form="per_unit", backend=own)
-        opt.alike = [(0, place) for place in range(0, len(ps), 2)]
+        opt.scale_invariant = [(0, place) for place in range(0, len(ps), 2)]
         run(opt, ps, 3)
         with nothing_waits() if device == "cuda" else nullcontext():
             run(opt, ps, 5)

@@ -11,7 +11,7 @@ from normed_network import energies, gradients, images, matrices, normed, shrunk
 from torch import nn
 
 from wcr_optim import SSAM, WCR, AdamW, SparsityTarget, param_groups
-from wcr_optim.invariance import LEAST_ENERGY, MOST_LIFT, hidden_units
+from wcr_optim.invariance import LEAST_ENERGY, MOST_LIFT, invariant_units
 from wcr_optim.units import unit_moments
 
 
@@ -19,7 +19,7 @@ def lifted(net, seed=0):
     """Name the weights of which rows would be lifted, with how many."""
     gradients(net, seed)
     layers = matrices(net)
-    factors = hidden_units(list(layers.values()), unit_moments(list(layers.values()))).lifts
+    factors = invariant_units(list(layers.values()), unit_moments(list(layers.values()))).lifts
     counts = [int((part > 1).sum()) for part in torch.split(factors, [len(w) for w in layers.values()])]
     return {name: count for name, count in zip(layers, counts, strict=True) if count}
 
@@ -78,7 +78,7 @@ class TestWhoIsMeant:
         for p in matrices(net).values():
             layers.append(nn.Parameter(p.detach().to(dtype)))
             layers[-1].grad = p.grad.to(dtype)
-        factors = torch.split(hidden_units(layers, unit_moments(layers)).lifts, [12, 16, 3])
+        factors = torch.split(invariant_units(layers, unit_moments(layers)).lifts, [12, 16, 3])
         assert [int((part > 1).sum()) for part in factors] == [6, 8, 0]
 
     @pytest.mark.parametrize("kind", ["none", "zero", "nan", "inf", "sparse"])
@@ -92,7 +92,7 @@ class TestWhoIsMeant:
             "sparse": torch.ones(5, 3).to_sparse(),
         }
         w.grad = grads[kind]
-        assert (hidden_units([w], unit_moments([w])).lifts == 1).all()
+        assert (invariant_units([w], unit_moments([w])).lifts == 1).all()
 
     def test_weights_without_elements_or_of_zeros_or_nan(self):
         layers = [nn.Parameter(torch.zeros(s)) for s in ((0, 4), (3, 0), (2, 2), (4, 3), (1, 3))]
@@ -100,7 +100,7 @@ class TestWhoIsMeant:
             layers[3][0] = torch.nan
         for w in layers:
             w.grad = torch.ones_like(w)
-        assert (hidden_units(layers, unit_moments(layers)).lifts == 1).all()
+        assert (invariant_units(layers, unit_moments(layers)).lifts == 1).all()
 
 
 def test_factors_are_those_of_the_formula_row_by_row():
@@ -114,10 +114,10 @@ def test_factors_are_those_of_the_formula_row_by_row():
     for row in range(9):
         least = (LEAST_ENERGY * energies(w).mean() / energies(w)[row]).sqrt().item()
         expected = 1.0 if row == 1 else min(max(least, 1.0), MOST_LIFT)
-        assert hidden_units([p], unit_moments([p])).lifts[row].item() == pytest.approx(expected, rel=1e-12)
-    assert hidden_units([p], unit_moments([p])).lifts.max() == MOST_LIFT
+        assert invariant_units([p], unit_moments([p])).lifts[row].item() == pytest.approx(expected, rel=1e-12)
+    assert invariant_units([p], unit_moments([p])).lifts.max() == MOST_LIFT
     p.grad = g
-    assert (hidden_units([p], unit_moments([p])).lifts == 1).all()
+    assert (invariant_units([p], unit_moments([p])).lifts == 1).all()
 
 
 def adam(net, form="per_unit", lr=1e-4):

@@ -10,7 +10,7 @@ from torch import nn
 
 from wcr_optim import SAM, WCR, SparsityTarget, compiled, param_groups
 from wcr_optim.decoupled import Decoupled
-from wcr_optim.invariance import hidden_units, one_threshold
+from wcr_optim.invariance import invariant_units, one_threshold
 from wcr_optim.moments import Moments
 from wcr_optim.penalties import PerUnit
 from wcr_optim.units import shrink_keeping_energy_, unit_moments
@@ -43,13 +43,13 @@ class TestWhoIsMeant:
             net = normed(seed)
             gradients(net, seed)
             layers = layers_of(net)
-            assert hidden_units(layers, unit_moments(layers)).layers.tolist() == [True, True, False]
+            assert invariant_units(layers, unit_moments(layers)).layers.tolist() == [True, True, False]
 
     def test_no_layer_without_gradients_or_elements(self):
         layers = [nn.Parameter(torch.zeros(s)) for s in ((0, 4), (3, 0), (2, 2))] + [nn.Parameter(torch.randn(4, 3))]
         for w in layers[:3]:
             w.grad = torch.ones_like(w)
-        assert hidden_units(layers, unit_moments(layers)).layers.tolist() == [False] * 4
+        assert invariant_units(layers, unit_moments(layers)).layers.tolist() == [False] * 4
 
 
 class TestThreshold:
@@ -135,7 +135,7 @@ class TestStep:
             groups = param_groups(model, weight_decay=0.0, weight_concentration=0.5)
             optimizers.append(WCR(torch.optim.SGD(groups, lr=1e-2), form="per_unit"))
             optimizers[-1].lift_units = lift
-        optimizers[0].alike = [(0, 0), (0, 1)]
+        optimizers[0].scale_invariant = [(0, 0), (0, 1)]
         before = [w.detach().clone() for w in layers_of(net)]
         units = unit_moments(before)
         lengths = torch.full((31,), 5e-3, dtype=torch.float64)
@@ -143,7 +143,7 @@ class TestStep:
         pair = Moments(*(x[:28] for x in units))
         common = one_threshold(before[:2], pair, own[:28], lengths[:28])
         assert common.unique().numel() < own[:28].unique().numel()
-        factor = hidden_units(layers_of(net), units).lifts if lift else torch.ones(31)
+        factor = invariant_units(layers_of(net), units).lifts if lift else torch.ones(31)
         for optimizer in optimizers:
             optimizer.step()
         for w, b, t, f in zip(
@@ -158,7 +158,7 @@ class TestStep:
         nets = [normed(), normed()]
         for net, alike in zip(nets, ([(0, 0), (0, 1)], []), strict=True):
             optimizer = WCR(torch.optim.SGD(param_groups(net), lr=1e-2), 0.5, form="per_unit")
-            optimizer.alike = alike
+            optimizer.scale_invariant = alike
             gradients(net, 0)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", DeprecationWarning)
@@ -171,7 +171,7 @@ class TestStep:
         for _ in range(2):
             net = normed().to(torch.bfloat16)
             optimizer = WCR(torch.optim.SGD(param_groups(net), lr=1e-2), 1e-3, form="per_unit")
-            optimizer.alike = [(0, 0), (0, 1)]
+            optimizer.scale_invariant = [(0, 0), (0, 1)]
             train(net, optimizer, 5)
             finals.append([p.detach() for p in net.parameters()])
         assert all(torch.equal(a, b) for a, b in zip(*finals, strict=True))
@@ -185,7 +185,7 @@ class TestInATarget:
         seen = []
         for step in range(steps):
             train(net, optimizer, 1, target, first=step)
-            seen.append(sorted(optimizer.alike))
+            seen.append(sorted(optimizer.scale_invariant))
         return seen
 
     def test_layers_are_alike_from_the_measurement_after_they_were_seen(self):
@@ -211,15 +211,15 @@ class TestInATarget:
         train(net, optimizer, 10, target)
         net[1].eval()
         train(net, optimizer, 5, target, first=10)
-        assert optimizer.alike == [(0, 1)]
+        assert optimizer.scale_invariant == [(0, 1)]
 
     def test_what_another_target_said_is_forgotten(self):
         net = normed()
         optimizer = WCR(torch.optim.AdamW(param_groups(net), lr=1e-3), form="per_unit")
         train(net, optimizer, 12, SparsityTarget(optimizer, 0.5, 100, every=5))
-        assert optimizer.alike
+        assert optimizer.scale_invariant
         SparsityTarget(optimizer, 0.5, 100, scope="layer")
-        assert not optimizer.alike
+        assert not optimizer.scale_invariant
 
     def test_only_the_last_look_is_kept(self):
         net = normed()
@@ -227,7 +227,7 @@ class TestInATarget:
         for step in range(3):
             optimizer.lift_units = True
             train(net, optimizer, 1, first=step)
-        ((places, hidden),) = optimizer.sighted
+        ((places, hidden),) = optimizer.seen_invariant
         assert places == [(0, 0), (0, 1), (0, 2)]
         assert hidden.tolist() == [True, True, False]
 
@@ -237,7 +237,7 @@ class TestInATarget:
         target = SparsityTarget(optimizer, 0.5, 100, every=5)
         train(net, optimizer, 12, target, closure=True)  # its gradients belong to other weights
         assert isinstance(optimizer, Decoupled)
-        assert (0, 2) not in optimizer.alike
+        assert (0, 2) not in optimizer.scale_invariant
 
     def test_a_state_from_before_there_was_this_goes_on(self):
         net = normed()
@@ -245,9 +245,9 @@ class TestInATarget:
         target = SparsityTarget(optimizer, 0.5, 100, every=5)
         train(net, optimizer, 7, target)
         state = target.state_dict()
-        assert [place[:2] for place in state["sighted"]] == [[0, 0], [0, 1], [0, 2]]
-        for key in ("alike", "sighted"):
+        assert [place[:2] for place in state["seen_invariant"]] == [[0, 0], [0, 1], [0, 2]]
+        for key in ("scale_invariant", "seen_invariant"):
             del state[key]
         target.load_state_dict(state)
         train(net, optimizer, 8, target, first=7)
-        assert sorted(optimizer.alike) == [(0, 0), (0, 1)]
+        assert sorted(optimizer.scale_invariant) == [(0, 0), (0, 1)]

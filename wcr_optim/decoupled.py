@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from wcr_optim import backends
 from wcr_optim.fused import FusedUpdate
-from wcr_optim.invariance import hidden_units, one_threshold
+from wcr_optim.invariance import invariant_units, one_threshold
 from wcr_optim.layout import local, random_streams
 from wcr_optim.moments import Moments, accumulator, counts, moments, of_sums
 from wcr_optim.penalties import L1, L2, HoyerSquare, InverseVariance, Penalty, PerUnit, Relative, ScaleFree
@@ -82,13 +82,13 @@ class Decoupled(OptimizerWrapper):
 
     group_keys = (*OptimizerWrapper.group_keys, "min_ndim")
     lift_units = False
-    """Whether the next step of a per-unit form enlarges units that fell behind, see `invariance.hidden_units`.
+    """Whether the next step of a per-unit form enlarges units that fell behind, see `invariance.invariant_units`.
 
     SparsityTarget asks for it, and the step takes it back. Inside a graph of torch.compile units are left as they are.
     """
-    sighted: Sequence[tuple[list[Place], Tensor]] = ()
+    seen_invariant: Sequence[tuple[list[Place], Tensor]] = ()
     """What that step saw: layers, and whether the loss does not see the size of their units."""
-    alike: Sequence[Place] = ()
+    scale_invariant: Sequence[Place] = ()
     """Layers whose units all get one threshold and keep their energy, see `invariance.one_threshold`.
 
     SparsityTarget says which. Inside a graph of torch.compile they get their own.
@@ -148,7 +148,7 @@ class Decoupled(OptimizerWrapper):
         if isinstance(self.base, FusedUpdate):
             self.base.forget()  # what an interrupted step left
         if self.lift_units and not torch.compiler.is_compiling():
-            self.sighted = ()
+            self.seen_invariant = ()
         weights: defaultdict[torch.device, list[Tensor]] = defaultdict(list)
         places: defaultdict[torch.device, list[Place]] = defaultdict(list)
         lengths: defaultdict[torch.device, list[Tensor]] = defaultdict(list)
@@ -195,11 +195,11 @@ class Decoupled(OptimizerWrapper):
     def _shrink_units(
         self, layers: list[Tensor], places: list[Place], s: Tensor, seed: int | Tensor | None, backend: str
     ) -> None:
-        known = frozenset() if torch.compiler.is_compiling() else frozenset(self.alike)
-        for alike in (False, True):
-            index = [i for i, place in enumerate(places) if (place in known) == alike]
+        known = frozenset() if torch.compiler.is_compiling() else frozenset(self.scale_invariant)
+        for together in (False, True):
+            index = [i for i, place in enumerate(places) if (place in known) == together]
             if index:
-                shrink = self._shrink_alike if alike else self._shrink_apart
+                shrink = self._shrink_by_one_threshold if together else self._shrink_by_own_thresholds
                 own = self._units([layers[i] for i in index], [places[i] for i in index], select(s, index), backend)
                 shrink(own, seed, backend)
 
@@ -212,25 +212,25 @@ class Decoupled(OptimizerWrapper):
             gain, threshold = self._flow(measured, lengths, backend)
             lift: Tensor | float = 1.0
             if self.lift_units and not torch.compiler.is_compiling():
-                hidden = hidden_units(own, measured)
-                lift = hidden.lifts
-                self.sighted = [*self.sighted, ([places[i] for i in index], hidden.layers)]
+                seen = invariant_units(own, measured)
+                lift = seen.lifts
+                self.seen_invariant = [*self.seen_invariant, ([places[i] for i in index], seen.layers)]
             yield _Units(own, measured, lengths, gain, threshold, lift, stream)
 
-    def _shrink_apart(self, units: Iterator[_Units], seed: int | Tensor | None, backend: str) -> None:
+    def _shrink_by_own_thresholds(self, units: Iterator[_Units], seed: int | Tensor | None, backend: str) -> None:
         """Shrink every unit as its own flow has it."""
         for own in units:
             gain = own.gain if isinstance(own.lift, float) else own.gain * own.lift
             own_seed = None if seed is None else seed + own.stream * STREAM
             shrink_units_(own.layers, gain, own.threshold, seed=own_seed, backend=backend)
 
-    def _shrink_alike(self, units: Iterator[_Units], seed: int | Tensor | None, backend: str) -> None:
+    def _shrink_by_one_threshold(self, units: Iterator[_Units], seed: int | Tensor | None, backend: str) -> None:
         """Shrink all units by one threshold and let each keep its energy."""
         every = list(units)
         layers = [w for own in every for w in own.layers]
         measured = Moments(*(torch.cat(columns) for columns in zip(*(own.moments for own in every), strict=True)))
-        own_thresholds, lengths = (torch.cat([getattr(own, x) for own in every]) for x in ("threshold", "lengths"))
-        common = one_threshold(layers, measured, own_thresholds, lengths)
+        thresholds, lengths = torch.cat([own.threshold for own in every]), torch.cat([own.lengths for own in every])
+        common = one_threshold(layers, measured, thresholds, lengths)
         for own, threshold in zip(every, torch.split(common, [len(own.threshold) for own in every]), strict=True):
             own_seed = None if seed is None else seed + own.stream * STREAM + APART
             lift = own.lift if isinstance(own.lift, Tensor) else torch.ones_like(threshold)

@@ -31,7 +31,7 @@ ALIGNED, LAYER_ALIGNED = 1e-3, 1e-2
 MOST_THRESHOLD = 0.5  # in units of a unit's energy-weighted mean magnitude q / mu
 
 
-class Hidden(NamedTuple):
+class Invariance(NamedTuple):
     """What the gradients tell of units whose size the loss does not see.
 
     Attributes:
@@ -44,7 +44,7 @@ class Hidden(NamedTuple):
 
 
 @torch.no_grad()
-def hidden_units(layers: Sequence[Tensor], units: Moments) -> Hidden:
+def invariant_units(layers: Sequence[Tensor], units: Moments) -> Invariance:
     """Find layers whose rows' size the loss does not see, and by what to multiply rows there that hold little energy.
 
         sqrt(0.25 mean_j |w[j]|^2 / |w[i]|^2), at least 1, at most 1.1,
@@ -78,7 +78,7 @@ def hidden_units(layers: Sequence[Tensor], units: Moments) -> Hidden:
     sums = sum_over_shards(sums, layers)
     hidden = (aligned < ALIGNED * both) & spread(sums[:, 0] < ALIGNED * sums[:, 1], layers)
     lift = (LEAST_ENERGY * spread(sums[:, 2] / sums[:, 3], layers) / energy).sqrt().clamp(1.0, MOST_LIFT)
-    return Hidden(torch.where(hidden & lift.isfinite(), lift, 1.0), sums[:, 0] < LAYER_ALIGNED * sums[:, 1])
+    return Invariance(torch.where(hidden & lift.isfinite(), lift, 1.0), sums[:, 0] < LAYER_ALIGNED * sums[:, 1])
 
 
 @torch.no_grad()

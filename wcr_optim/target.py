@@ -69,13 +69,13 @@ class _Measurement(NamedTuple):
         energies: Pruned and total energy of each loop.
         layers: Moments of each loop's layers.
         loss: Mean loss since the measurement before.
-        sighted: Whether the loss does not see the size of a layer's units, as the last step that looked saw it.
+        seen_invariant: Whether the loss does not see the size of a layer's units, as the last step that looked saw it.
     """
 
     energies: list[tuple[float, float]]
     layers: list[Moments]
     loss: float
-    sighted: dict[Place, bool]
+    seen_invariant: dict[Place, bool]
 
 
 class _Effect(NamedTuple):
@@ -125,8 +125,8 @@ class SparsityTarget:
     Units (rows) whose size the network does not see, since BatchNorm follows them, are kept from becoming so small
     beside the rest of their layer that pruning takes them whole: with form="per_unit", the step after a measurement
     enlarges those that hold less than a quarter of the mean unit's energy, by a tenth at most. It knows them by their
-    gradient, see `invariance.hidden_units`. From the next measurement on, all units of such layers get one threshold,
-    unless around SGD or with scope="layer", see `invariance.one_threshold`.
+    gradient, see `invariance.invariant_units`. From the next measurement on, all units of such layers get one
+    threshold, unless around SGD or with scope="layer", see `invariance.one_threshold`.
 
     It does not kill the network: the strength stops rising where more of it would do nothing (a form that saturates),
     where the penalty would take a layer's energy away or has done so (l1), and where the smoothed training loss rises
@@ -213,8 +213,9 @@ class SparsityTarget:
         self._lr_compensation = LrCompensation(self._strengths, self.sparsity, self.lr_exponent)
         # Around SGD, whose small weights stay small by themselves, and where each layer has a goal of its own, units
         # keep the thresholds of their own flow.
-        self._alike = scope == "global" and isinstance(self._penalty, PerUnit) and not follows_the_gradient(base)
-        base.alike = base.sighted = ()  # what another object before this one said
+        driven_together = scope == "global" and isinstance(self._penalty, PerUnit)
+        self._one_threshold = driven_together and not follows_the_gradient(base)
+        base.scale_invariant = base.seen_invariant = ()  # what another object before this one said
         self.steps = 0
         self.last_tail = math.nan
         self.history: list[list[float]] = []
@@ -288,10 +289,10 @@ class SparsityTarget:
             "loops": {field.name: [getattr(loop, field.name) for loop in self._loops] for field in fields(_Loop)},
             "first_energy": [list(pair) for pair in self._first_energy.items()],
             **self._lr_compensation.state_dict(),
-            "alike": [list(place) for place in base.alike],
-            "sighted": [
+            "scale_invariant": [list(place) for place in base.scale_invariant],
+            "seen_invariant": [
                 [*place, bool(hidden)]
-                for places, flags in base.sighted
+                for places, flags in base.seen_invariant
                 for place, hidden in zip(places, flags.tolist(), strict=True)
             ],
             "loss": self._loss.state_dict(),
@@ -320,9 +321,10 @@ class SparsityTarget:
         for loop in self._loops:
             self._set(loop)
         self._lr_compensation.load_state_dict(state_dict)
-        base, sighted = self._strengths.decoupled, state_dict.get("sighted", ())  # not in an earlier version's
-        base.alike = [(group, place) for group, place in state_dict.get("alike", ())]
-        base.sighted = [([(group, place)], torch.tensor([hidden])) for group, place, hidden in sighted]
+        base = self._strengths.decoupled
+        known, seen = (state_dict.get(key, ()) for key in ("scale_invariant", "seen_invariant"))  # since this version
+        base.scale_invariant = [(group, place) for group, place in known]
+        base.seen_invariant = [([(group, place)], torch.tensor([invariant])) for group, place, invariant in seen]
         self._ask_for_lifts()
 
     def _find_loops(self) -> None:
@@ -386,9 +388,10 @@ class SparsityTarget:
     def _control(self) -> None:
         layers = [self._layers(loop) for loop in self._loops]
         measured = self._measure(layers)
-        if measured.sighted:
-            self._strengths.decoupled.alike = [place for place, hidden in measured.sighted.items() if hidden]
-        self._strengths.decoupled.sighted = ()
+        if measured.seen_invariant:
+            seen = measured.seen_invariant.items()
+            self._strengths.decoupled.scale_invariant = [place for place, invariant in seen if invariant]
+        self._strengths.decoupled.seen_invariant = ()
         cost = self._loss.update(measured.loss)
         well = not cost > self._loss.allowed(self.max_dense_cost) / 2  # NaN where no loss was given
         falling = len(self.history) >= RECENT and self._loss.smooth < self.history[-RECENT][4]
@@ -511,8 +514,8 @@ class SparsityTarget:
         found = _moments(every, device)
         energies = tail_energies([s for s in sets if s], self.sparsity).to(device, found.dtype)
         loss = self._loss.window(device, found.dtype)
-        sighted = self._strengths.decoupled.sighted if self._alike else ()
-        flags = [of_step.to(device, found.dtype) for _, of_step in sighted]
+        seen_invariant = self._strengths.decoupled.seen_invariant if self._one_threshold else ()
+        flags = [of_step.to(device, found.dtype) for _, of_step in seen_invariant]
         together = torch.cat([loss.reshape(1), energies.flatten(), found.flatten(), *flags]).cpu().double()
         numbers, seen = together.tensor_split([len(together) - sum(map(len, flags))])
         pairs = numbers[1 : 1 + energies.numel()].view(-1, 2)
@@ -526,7 +529,7 @@ class SparsityTarget:
             span = slice(first, first + count)
             of_layers.append(Moments(n[span], mu[span], q[span]))
             first, first_set = first + count, first_set + members
-        places = [place for of_step, _ in sighted for place in of_step]
+        places = [place for of_step, _ in seen_invariant for place in of_step]
         hidden = dict(zip(places, seen.bool().tolist(), strict=True))
         return _Measurement(of_loops, of_layers, float(numbers[0]), hidden)
 

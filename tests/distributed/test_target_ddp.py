@@ -11,7 +11,7 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from wcr_optim import WCR, SparsityTarget, compiled
-from wcr_optim.invariance import hidden_units, one_threshold
+from wcr_optim.invariance import invariant_units, one_threshold
 from wcr_optim.penalties import PerUnit
 from wcr_optim.tail import tail_energies
 from wcr_optim.units import shrink_units_, unit_moments
@@ -91,7 +91,7 @@ def _lifts(rank):
             layers.append(torch.nn.Parameter(w if to is None else distribute_tensor(w, *to)))
             layers[-1].grad = g if to is None else distribute_tensor(g, *to)
         units = unit_moments(layers)
-        hidden = hidden_units(layers, units)
+        hidden = invariant_units(layers, units)
         assert hidden.layers.all()
         lengths = torch.full_like(units.n, 1e-2)
         own = PerUnit().flow(units, lengths)[1]
@@ -114,7 +114,7 @@ def _lifts(rank):
     for w in layers:  # gradients that lie otherwise tell nothing, on all ranks alike
         w.grad = None
         w.grad = distribute_tensor(torch.ones(w.shape, dtype=w.dtype), mesh, [Replicate()])
-    found_none = hidden_units(layers, unit_moments(layers))
+    found_none = invariant_units(layers, unit_moments(layers))
     assert (found_none.lifts == 1).all()
     assert not found_none.layers.any()
 
@@ -170,7 +170,7 @@ def _alike(rank):
     for net, size in ((whole, 1), (sharded, 2)):
         matrices = [p for p in net.parameters() if p.ndim > 1]
         optimizer = WCR(torch.optim.AdamW([{"params": matrices}], lr=1e-2), 0.02, form="per_unit")
-        optimizer.alike = [(0, 0), (0, 1)]
+        optimizer.scale_invariant = [(0, 0), (0, 1)]
         for step in range(5):
             x, y = (part.tensor_split(size)[rank % size] for part in small_batch(step, torch.float64))
             optimizer.zero_grad()
