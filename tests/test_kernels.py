@@ -23,7 +23,7 @@ from wcr_optim import kernels  # noqa: E402
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # None is a multiple of a block, of a chunk, or of 16 bytes, but two.
-SIZES = [1, 7, 0, kernels.BLOCK - 1, kernels.BLOCK, kernels.BLOCK + 1, kernels.CHUNK, kernels.CHUNK + 3, 40_001]
+SIZES = [1, 7, 0, kernels.BLOCK - 1, kernels.BLOCK, kernels.BLOCK + 1, kernels.CHUNK, kernels.SHRINK_CHUNK + 3, 40_001]
 
 
 def layers(dtype, sizes=SIZES):
@@ -270,11 +270,10 @@ def test_kernels_compile_for_gpus_that_are_not_here():
         POINTERS = {"pointers": "*i64", "table": "*i64", "layer_of": "*i32", "rows": "*i64", "partial": "*fp32",
                     "gains": "*fp64", "thresholds": "*fp64", "seed": "*i64", "coefficients": "*fp32", "sums": "*fp64",
                     "layers": "i32", "programs": "i32", "lengths": "*i64", "firsts": "*i64"}
-        OF_UNITS = POINTERS | {"gains": "*fp32", "thresholds": "*fp32"}
 
-        def compile(kernel, capability, pointers=POINTERS, num_warps=K.WARPS, **constants):
+        def compile(kernel, capability, num_warps=K.WARPS, **constants):
             names = kernel.arg_names
-            signature = {n: "constexpr" if n in constants else pointers.get(n, "fp32") for n in names}
+            signature = {n: "constexpr" if n in constants else POINTERS.get(n, "fp32") for n in names}
             aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if signature[n].startswith("*")}
             source = ASTSource(kernel, signature, {n: constants[n] for n in names if n in constants}, aligned)
             options = {"num_warps": num_warps, "enable_fp_fusion": False}
@@ -283,21 +282,25 @@ def test_kernels_compile_for_gpus_that_are_not_here():
             return made.asm["ptx"]
 
         sizes = {"CHUNK": K.CHUNK, "BLOCK": K.BLOCK, "ALIGNED": True}
-        of_sums = {"CHUNK": 16 * U.WIDTH, "BLOCK": U.TILE, "ALIGNED": True, "num_warps": 1}
+        fused = sizes | {"MAXIMIZE": False}
+        of_shrink = sizes | {"BLOCK": K.SHRINK_BLOCK, "CHUNK": K.SHRINK_CHUNK}
+        of_sums = {"CHUNK": 16 * U.WIDTH, "ALIGNED": True, "num_warps": 1}
         nearest = {"STOCHASTIC": False, "seed": None}
         made = [
             compile(K._sum_kernel, 90, DTYPE=tl.float32, **sizes),
-            compile(K._shrink_kernel, 90, DTYPE=tl.float16, STOCHASTIC=True, **sizes),
-            compile(K._adamw_kernel, 80, DTYPE=tl.float32, **nearest, **sizes),
-            compile(K._adamw_kernel, 90, DTYPE=tl.bfloat16, STOCHASTIC=True, **sizes),
-            compile(K._sgd_kernel, 90, DTYPE=tl.float32, NESTEROV=True, MOMENTUM=True, **nearest, **sizes),
-            compile(U._unit_shrink_kernel, 90, OF_UNITS, DTYPE=tl.float32, EACH=4, **nearest, **sizes),
-            compile(U._unit_shrink_kernel, 80, OF_UNITS, DTYPE=tl.float16, STOCHASTIC=True, EACH=1, **sizes),
-            compile(U._unit_sum_kernel, 90, DTYPE=tl.float32, ROWS=64, COLUMNS=64, **of_sums),
-            compile(U._unit_sum_kernel, 80, DTYPE=tl.bfloat16, ROWS=8, COLUMNS=U.WIDTH, **of_sums),
+            compile(K._shrink_kernel, 90, DTYPE=tl.float16, STOCHASTIC=True, **of_shrink),
+            compile(K._adamw_kernel, 80, DTYPE=tl.float32, **nearest, **fused),
+            compile(K._sgd_kernel, 90, DTYPE=tl.float32, NESTEROV=True, MOMENTUM=True, **nearest, **fused),
+            compile(U._unit_shrink_kernel, 90, DTYPE=tl.float32, EACH=4, **nearest, **of_shrink),
+            compile(U._unit_shrink_kernel, 80, DTYPE=tl.float16, STOCHASTIC=True, EACH=1, **of_shrink),
+            compile(U._unit_sum_kernel, 90, DTYPE=tl.float32, ROWS=64, COLUMNS=64, BLOCK=512, **of_sums),
+            compile(U._unit_sum_kernel, 80, DTYPE=tl.bfloat16, ROWS=4, COLUMNS=U.WIDTH, BLOCK=1024, **of_sums),
         ]
         assert all(re.search(r"ld\\.global\\.v4\\.b32", ptx) for ptx in made)
-        compile(U._unit_sum_kernel, 90, DTYPE=tl.float32, ROWS=4096, COLUMNS=1, **of_sums | {"ALIGNED": False})
+        ptx = compile(K._adamw_kernel, 90, DTYPE=tl.bfloat16, STOCHASTIC=True, **fused)
+        assert re.search(r"ld\\.global\\.v2\\.b32", ptx)  # four weights a thread
+        of_sums["ALIGNED"] = False
+        compile(U._unit_sum_kernel, 90, DTYPE=tl.float32, ROWS=4096, COLUMNS=1, BLOCK=512, **of_sums)
         compile(K._finish_kernel, 80, CHUNK=K.CHUNK, PARTIALS=K.PARTIALS)
     """
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}

@@ -174,7 +174,7 @@ class Decoupled(OptimizerWrapper):
                 continue
             for stream, index in random_streams(layers):
                 own = [layers[i] for i in index]
-                self._shrink(own, select(gain, index), select(threshold, index), seed + stream * STREAM, backend)
+                self._shrink(own, select(gain, index), select(threshold, index), _apart(seed, stream * STREAM), backend)
 
     def _flow(self, moments: Moments, s: Tensor, backend: str) -> tuple[Tensor, Tensor]:
         if torch.compiler.is_compiling():
@@ -221,7 +221,7 @@ class Decoupled(OptimizerWrapper):
         """Shrink every unit as its own flow has it."""
         for own in units:
             gain = own.gain if isinstance(own.lift, float) else own.gain * own.lift
-            own_seed = None if seed is None else seed + own.stream * STREAM
+            own_seed = _apart(seed, own.stream * STREAM)
             shrink_units_(own.layers, gain, own.threshold, seed=own_seed, backend=backend)
 
     def _shrink_by_one_threshold(self, units: Iterator[_Units], seed: int | Tensor | None, backend: str) -> None:
@@ -232,7 +232,7 @@ class Decoupled(OptimizerWrapper):
         thresholds, lengths = torch.cat([own.threshold for own in every]), torch.cat([own.lengths for own in every])
         common = one_threshold(layers, measured, thresholds, lengths)
         for own, threshold in zip(every, torch.split(common, [len(own.threshold) for own in every]), strict=True):
-            own_seed = None if seed is None else seed + own.stream * STREAM + APART
+            own_seed = _apart(seed, own.stream * STREAM + APART)
             lift = own.lift if isinstance(own.lift, Tensor) else torch.ones_like(threshold)
             shrink_keeping_energy_(own.layers, own.moments, threshold, lift, seed=own_seed, backend=backend)
 
@@ -497,6 +497,11 @@ def _repeat(s: float | Tensor, layers: int, device: torch.device) -> Tensor:
         return torch.full((layers,), s, dtype=dtype, device=device)  # the number travels in the kernel's arguments
     # torch.compile keeps a factor variable, where torch.full would make it a constant and each new lr a new graph.
     return torch.ones(layers, dtype=dtype, device=device) * s
+
+
+def _apart(seed: int | Tensor | None, distance: int) -> int | Tensor | None:
+    """Return the seed of other draws than those from a seed itself; what is on a device costs it a launch."""
+    return seed if seed is None or distance == 0 else seed + distance
 
 
 def _joined(parts: list[Tensor]) -> Tensor:

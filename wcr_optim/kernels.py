@@ -29,9 +29,11 @@ from wcr_optim.moments import eager_sums
 from wcr_optim.shrink import eager_shrink_, make_noise
 from wcr_optim.uploads import keep, on, pointers_to, select, upload
 
-BLOCK = 1024  # weights at a time, 8 for each of a program's threads
-WARPS = 4
+BLOCK = 512  # weights at a time, four for each of a program's threads
 CHUNK = 8 * BLOCK  # weights of a program
+SHRINK_BLOCK = 1024  # where a thread holds nothing else
+SHRINK_CHUNK = 8 * SHRINK_BLOCK
+WARPS = 4
 PARTIALS = 4096  # partial sums at a time
 # Philox with 7 rounds passes every statistical test that 10 rounds pass (Salmon et al., SC 2011).
 ROUNDS = tl.constexpr(7)
@@ -90,10 +92,10 @@ def stream(pointers, layers, layer, STREAM: tl.constexpr, DTYPE: tl.constexpr, A
 
 @triton.jit
 def read(pointer, at, n, WHOLE: tl.constexpr):
-    """Return a block of a layer's n weights in float32, zeros beyond them."""
+    """Return a block of a layer's n weights, zeros beyond them."""
     if WHOLE:  # a mask that may end anywhere would cut loads into single elements
-        return tl.load(pointer + at).to(tl.float32)
-    return tl.load(pointer + at, mask=at < n, other=0.0).to(tl.float32)
+        return tl.load(pointer + at)
+    return tl.load(pointer + at, mask=at < n, other=0.0)
 
 
 @triton.jit
@@ -126,16 +128,17 @@ def _bits(seed, layer, start, BLOCK: tl.constexpr):
 def rounded(w, before, seed, layer, start, DTYPE: tl.constexpr, STOCHASTIC: tl.constexpr, BLOCK: tl.constexpr):
     """Bring float32 values onto DTYPE's grid, to finite values where they were finite before."""
     LIMIT: tl.constexpr = 3.3895313892515355e38 if DTYPE == tl.bfloat16 else 65504.0
-    w = tl.minimum(tl.maximum(w, -LIMIT), LIMIT)
+    w = tl.clamp(w, -LIMIT, LIMIT)  # which lies on the grid, so no bits lift it further
     if STOCHASTIC:
-        bits = _bits(tl.load(seed), layer, start, BLOCK)
+        bits = _bits(seed, layer, start, BLOCK)
         word = w.to(tl.int32, bitcast=True)
         if DTYPE == tl.bfloat16:  # float32 without its lower half
             w = ((word + bits) & -65536).to(tl.float32, bitcast=True)
         else:  # floor(w / u + z) u, u the spacing of the grid, that of subnormal numbers at least
             spacing = tl.maximum((word & 0x7F800000).to(tl.float32, bitcast=True) * 2.0**-10, 2.0**-24)
             w = tl.floor(w / spacing + (bits >> 3).to(tl.float32) * 2.0**-13) * spacing
-        w = tl.minimum(tl.maximum(w, -LIMIT), LIMIT)
+    else:
+        w = w.to(DTYPE).to(tl.float32)
     return tl.where(tl.abs(before) < float("inf"), w, before)
 
 
@@ -162,14 +165,14 @@ def _sum_kernel(
     squares = tl.zeros((BLOCK,), tl.float32)
     if start + CHUNK <= n:
         for block in tl.static_range(0, CHUNK, BLOCK):
-            m = tl.abs(read(w, start + block + tl.arange(0, BLOCK), n, True))
+            m = tl.abs(read(w, start + block + tl.arange(0, BLOCK), n, True).to(tl.float32))
             magnitudes += m
-            squares += m * m
+            squares = tl.fma(m, m, squares)
     else:
         for block in range(0, left(start, n, CHUNK), BLOCK):
-            m = tl.abs(read(w, start + block + tl.arange(0, BLOCK), n, False))
+            m = tl.abs(read(w, start + block + tl.arange(0, BLOCK), n, False).to(tl.float32))
             magnitudes += m
-            squares += m * m
+            squares = tl.fma(m, m, squares)
     _add_up(partial, programs, magnitudes, squares)
 
 
@@ -188,13 +191,16 @@ def _finish_kernel(table, layers, partial, programs, rows, sums, CHUNK: tl.const
         tl.store(sums + 2 * row + moment, tl.sum(total))
 
 
+# A kernel that writes reads the next block before it writes this one. The compiler does not, as what is written could
+# be what is read next, and no thread would have anything under way while it waits for memory.
+
+
 @triton.jit
 def _shrink_block(
-    w, start, n, gain, threshold, seed, layer,
+    w, at, start, n, before, gain, threshold, seed, layer,
     WHOLE: tl.constexpr, DTYPE: tl.constexpr, STOCHASTIC: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    at = start + tl.arange(0, BLOCK)
-    before = read(w, at, n, WHOLE)
+    before = before.to(tl.float32)
     x = shrunk(before, gain, threshold)
     if DTYPE != tl.float32:
         x = rounded(x, before, seed, layer, start, DTYPE, STOCHASTIC, BLOCK)
@@ -211,31 +217,44 @@ def _shrink_kernel(
     gain, threshold = tl.load(gains + row).to(tl.float32), tl.load(thresholds + row).to(tl.float32)
     if (gain != 1.0) | (threshold != 0.0):
         w = stream(pointers, layers, layer, 0, DTYPE, ALIGNED)
+        number = tl.load(seed) if STOCHASTIC else 0
+        at = start + tl.arange(0, BLOCK)
         if start + CHUNK <= n:
+            following = read(w, at, n, True)
             for block in tl.static_range(0, CHUNK, BLOCK):
-                _shrink_block(w, start + block, n, gain, threshold, seed, row, True, DTYPE, STOCHASTIC, BLOCK)
+                before = following
+                if block + BLOCK < CHUNK:
+                    following = read(w, at + (block + BLOCK), n, True)
+                _shrink_block(
+                    w, at + block, start + block, n, before, gain, threshold, number, row,
+                    True, DTYPE, STOCHASTIC, BLOCK,
+                )  # fmt: skip
         else:
             for block in range(0, left(start, n, CHUNK), BLOCK):
-                _shrink_block(w, start + block, n, gain, threshold, seed, row, False, DTYPE, STOCHASTIC, BLOCK)
+                _shrink_block(
+                    w, at + block, start + block, n, read(w, at + block, n, False), gain, threshold, number, row,
+                    False, DTYPE, STOCHASTIC, BLOCK,
+                )  # fmt: skip
 
 
 @triton.jit
 def _adamw_block(
-    p, g, m, v, start, n, c, sign, rate1, beta2, rate2, eps, seed, layer,
-    WHOLE: tl.constexpr, DTYPE: tl.constexpr, STOCHASTIC: tl.constexpr, BLOCK: tl.constexpr,
+    p, m, v, at, start, n, before, gradient, mean, square,
+    gain, threshold, decay, step, root, rate1, beta2, rate2, eps, seed, layer,
+    MAXIMIZE: tl.constexpr, WHOLE: tl.constexpr, DTYPE: tl.constexpr, STOCHASTIC: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Shrink and update a block of weights and return their magnitudes."""
-    at = start + tl.arange(0, BLOCK)
-    before = read(p, at, n, WHOLE)
-    w = shrunk(before, tl.load(c), tl.load(c + 1))
+    before = before.to(tl.float32)
+    w = shrunk(before, gain, threshold)
     if DTYPE != tl.float32:
-        w = rounded(w, before, seed, layer, start, DTYPE, STOCHASTIC, BLOCK).to(DTYPE).to(tl.float32)
-    gradient = sign * read(g, at, n, WHOLE)
-    mean = read(m, at, n, WHOLE)
-    mean += (gradient - mean) * rate1
-    square = beta2 * read(v, at, n, WHOLE) + rate2 * gradient * gradient
-    decay, step, root = tl.load(c + 2), tl.load(c + 3), tl.load(c + 4)
-    w = (w * decay - step * mean / (tl.sqrt(square) * root + eps)).to(DTYPE)
+        w = rounded(w, before, seed, layer, start, DTYPE, STOCHASTIC, BLOCK)
+    gradient = gradient.to(tl.float32)
+    if MAXIMIZE:
+        gradient = -gradient
+    mean = mean.to(tl.float32)
+    mean = tl.fma(gradient - mean, rate1, mean)
+    square = tl.fma(rate2 * gradient, gradient, beta2 * square.to(tl.float32))
+    w = tl.fma(w, decay, -(step * mean) / tl.fma(tl.sqrt(square), root, eps)).to(DTYPE)
     write(p, at, n, w, WHOLE)
     write(m, at, n, mean.to(DTYPE), WHOLE)
     write(v, at, n, square.to(DTYPE), WHOLE)
@@ -245,8 +264,9 @@ def _adamw_block(
 
 @triton.jit(do_not_specialize=["layers", "programs"])
 def _adamw_kernel(
-    pointers, table, layers, layer_of, rows, coefficients, partial, programs, sign, rate1, beta2, rate2, eps, seed,
-    DTYPE: tl.constexpr, ALIGNED: tl.constexpr, STOCHASTIC: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+    pointers, table, layers, layer_of, rows, coefficients, partial, programs, rate1, beta2, rate2, eps, seed,
+    MAXIMIZE: tl.constexpr, DTYPE: tl.constexpr, ALIGNED: tl.constexpr, STOCHASTIC: tl.constexpr, CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     layer, start, n = where(table, layers, layer_of, CHUNK)
     row = tl.load(rows + layer)
@@ -255,47 +275,59 @@ def _adamw_kernel(
     m = stream(pointers, layers, layer, 2, DTYPE, ALIGNED)
     v = stream(pointers, layers, layer, 3, DTYPE, ALIGNED)
     c = coefficients + 5 * row
+    gain, threshold, decay, step, root = tl.load(c), tl.load(c + 1), tl.load(c + 2), tl.load(c + 3), tl.load(c + 4)
+    number = tl.load(seed) if STOCHASTIC else 0
     magnitudes = tl.zeros((BLOCK,), tl.float32)
     squares = tl.zeros((BLOCK,), tl.float32)
+    at = start + tl.arange(0, BLOCK)
     if start + CHUNK <= n:
+        w1, g1, m1, v1 = read(p, at, n, True), read(g, at, n, True), read(m, at, n, True), read(v, at, n, True)
         for block in tl.static_range(0, CHUNK, BLOCK):
+            w0, g0, m0, v0 = w1, g1, m1, v1
+            if block + BLOCK < CHUNK:
+                to = at + (block + BLOCK)
+                w1, g1, m1, v1 = read(p, to, n, True), read(g, to, n, True), read(m, to, n, True), read(v, to, n, True)
             magnitude = _adamw_block(
-                p, g, m, v, start + block, n, c, sign, rate1, beta2, rate2, eps, seed, row,
-                True, DTYPE, STOCHASTIC, BLOCK,
+                p, m, v, at + block, start + block, n, w0, g0, m0, v0,
+                gain, threshold, decay, step, root, rate1, beta2, rate2, eps, number, row,
+                MAXIMIZE, True, DTYPE, STOCHASTIC, BLOCK,
             )  # fmt: skip
             magnitudes += magnitude
-            squares += magnitude * magnitude
+            squares = tl.fma(magnitude, magnitude, squares)
     else:
         for block in range(0, left(start, n, CHUNK), BLOCK):
+            to = at + block
+            w1, g1, m1, v1 = read(p, to, n, False), read(g, to, n, False), read(m, to, n, False), read(v, to, n, False)
             magnitude = _adamw_block(
-                p, g, m, v, start + block, n, c, sign, rate1, beta2, rate2, eps, seed, row,
-                False, DTYPE, STOCHASTIC, BLOCK,
+                p, m, v, to, start + block, n, w1, g1, m1, v1,
+                gain, threshold, decay, step, root, rate1, beta2, rate2, eps, number, row,
+                MAXIMIZE, False, DTYPE, STOCHASTIC, BLOCK,
             )  # fmt: skip
             magnitudes += magnitude
-            squares += magnitude * magnitude
+            squares = tl.fma(magnitude, magnitude, squares)
     _add_up(partial, programs, magnitudes, squares)
 
 
 @triton.jit
 def _sgd_block(
-    p, g, b, start, n, c, sign, weight_decay, momentum, fresh, seed, layer, NESTEROV: tl.constexpr,
-    MOMENTUM: tl.constexpr, WHOLE: tl.constexpr, DTYPE: tl.constexpr, STOCHASTIC: tl.constexpr, BLOCK: tl.constexpr,
+    p, b, at, start, n, before, gradient, buffer, gain, threshold, lr, weight_decay, momentum, fresh, seed, layer,
+    MAXIMIZE: tl.constexpr, NESTEROV: tl.constexpr, MOMENTUM: tl.constexpr, WHOLE: tl.constexpr, DTYPE: tl.constexpr,
+    STOCHASTIC: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Shrink and update a block of weights and return their magnitudes."""
-    at = start + tl.arange(0, BLOCK)
-    before = read(p, at, n, WHOLE)
-    w = shrunk(before, tl.load(c), tl.load(c + 1))
+    before = before.to(tl.float32)
+    w = shrunk(before, gain, threshold)
     if DTYPE != tl.float32:
-        w = rounded(w, before, seed, layer, start, DTYPE, STOCHASTIC, BLOCK).to(DTYPE).to(tl.float32)
-    direction = sign * read(g, at, n, WHOLE) + weight_decay * w
+        w = rounded(w, before, seed, layer, start, DTYPE, STOCHASTIC, BLOCK)
+    gradient = gradient.to(tl.float32)
+    if MAXIMIZE:
+        gradient = -gradient
+    direction = tl.fma(w, weight_decay, gradient)
     if MOMENTUM:
-        buffer = momentum * read(b, at, n, WHOLE) + fresh * direction
+        buffer = tl.fma(buffer.to(tl.float32), momentum, fresh * direction)
         write(b, at, n, buffer.to(DTYPE), WHOLE)
-        if NESTEROV:
-            direction += momentum * buffer
-        else:
-            direction = buffer
-    w = (w - tl.load(c + 2) * direction).to(DTYPE)
+        direction = tl.fma(buffer, momentum, direction) if NESTEROV else buffer
+    w = tl.fma(direction, -lr, w).to(DTYPE)
     write(p, at, n, w, WHOLE)
     magnitude = tl.abs(w.to(tl.float32))
     return magnitude if WHOLE else tl.where(at < n, magnitude, 0.0)
@@ -303,8 +335,8 @@ def _sgd_block(
 
 @triton.jit(do_not_specialize=["layers", "programs"])
 def _sgd_kernel(
-    pointers, table, layers, layer_of, rows, coefficients, partial, programs, sign, weight_decay, momentum, fresh, seed,
-    NESTEROV: tl.constexpr, MOMENTUM: tl.constexpr, DTYPE: tl.constexpr, ALIGNED: tl.constexpr,
+    pointers, table, layers, layer_of, rows, coefficients, partial, programs, weight_decay, momentum, fresh, seed,
+    MAXIMIZE: tl.constexpr, NESTEROV: tl.constexpr, MOMENTUM: tl.constexpr, DTYPE: tl.constexpr, ALIGNED: tl.constexpr,
     STOCHASTIC: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     layer, start, n = where(table, layers, layer_of, CHUNK)
@@ -313,24 +345,39 @@ def _sgd_kernel(
     g = stream(pointers, layers, layer, 1, DTYPE, ALIGNED)
     b = stream(pointers, layers, layer, 2 if MOMENTUM else 1, DTYPE, ALIGNED)
     c = coefficients + 3 * row
+    gain, threshold, lr = tl.load(c), tl.load(c + 1), tl.load(c + 2)
+    number = tl.load(seed) if STOCHASTIC else 0
     magnitudes = tl.zeros((BLOCK,), tl.float32)
     squares = tl.zeros((BLOCK,), tl.float32)
+    at = start + tl.arange(0, BLOCK)
     if start + CHUNK <= n:
+        w1, g1 = read(p, at, n, True), read(g, at, n, True)
+        b1 = read(b, at, n, True) if MOMENTUM else g1
         for block in tl.static_range(0, CHUNK, BLOCK):
+            w0, g0, b0 = w1, g1, b1
+            if block + BLOCK < CHUNK:
+                to = at + (block + BLOCK)
+                w1, g1 = read(p, to, n, True), read(g, to, n, True)
+                b1 = read(b, to, n, True) if MOMENTUM else g1
             magnitude = _sgd_block(
-                p, g, b, start + block, n, c, sign, weight_decay, momentum, fresh, seed, row,
-                NESTEROV, MOMENTUM, True, DTYPE, STOCHASTIC, BLOCK,
+                p, b, at + block, start + block, n, w0, g0, b0,
+                gain, threshold, lr, weight_decay, momentum, fresh, number, row,
+                MAXIMIZE, NESTEROV, MOMENTUM, True, DTYPE, STOCHASTIC, BLOCK,
             )  # fmt: skip
             magnitudes += magnitude
-            squares += magnitude * magnitude
+            squares = tl.fma(magnitude, magnitude, squares)
     else:
         for block in range(0, left(start, n, CHUNK), BLOCK):
+            to = at + block
+            w1, g1 = read(p, to, n, False), read(g, to, n, False)
+            b1 = read(b, to, n, False) if MOMENTUM else g1
             magnitude = _sgd_block(
-                p, g, b, start + block, n, c, sign, weight_decay, momentum, fresh, seed, row,
-                NESTEROV, MOMENTUM, False, DTYPE, STOCHASTIC, BLOCK,
+                p, b, to, start + block, n, w1, g1, b1,
+                gain, threshold, lr, weight_decay, momentum, fresh, number, row,
+                MAXIMIZE, NESTEROV, MOMENTUM, False, DTYPE, STOCHASTIC, BLOCK,
             )  # fmt: skip
             magnitudes += magnitude
-            squares += magnitude * magnitude
+            squares = tl.fma(magnitude, magnitude, squares)
     _add_up(partial, programs, magnitudes, squares)
 
 
@@ -342,6 +389,7 @@ class Launch(NamedTuple):
 
     dtype: torch.dtype
     aligned: bool
+    chunk: int
     layers: int
     programs: int
     rows: Tensor
@@ -360,7 +408,7 @@ class Launch(NamedTuple):
         return {
             "DTYPE": DTYPES[self.dtype],
             "ALIGNED": self.aligned,
-            "CHUNK": CHUNK,
+            "CHUNK": self.chunk,
             "BLOCK": BLOCK,
             "num_warps": WARPS,
             # Sums are the same bits whether moments or an optimizer's kernel takes them.
@@ -375,7 +423,7 @@ class Launch(NamedTuple):
         """Add up programs to layers, into sums of shape (caller's layers, 2)."""
         _finish_kernel[(self.layers,)](
             self.table, self.layers, partial, self.programs, self.rows, sums,
-            CHUNK=CHUNK, PARTIALS=PARTIALS, num_warps=8,
+            CHUNK=self.chunk, PARTIALS=PARTIALS, num_warps=8,
         )  # fmt: skip
 
 
@@ -405,11 +453,11 @@ def shrink_(parts: Sequence[Tensor], gain: Tensor, threshold: Tensor, seed: int 
     memory = [_without_gaps(w) for w in parts]
     live_seed = on_device(seed, device)
     with on(device):
-        for launch in launches([memory]):
-            stochastic = seed is not None and launch.dtype in NARROW
+        for launch in launches([memory], SHRINK_CHUNK):
+            options = launch.options | {"BLOCK": SHRINK_BLOCK}
             _shrink_kernel[(launch.programs,)](
                 *launch.place, launch.rows, gain.contiguous(), threshold.contiguous(), live_seed,
-                STOCHASTIC=stochastic, **launch.options,
+                STOCHASTIC=seed is not None and launch.dtype in NARROW, **options,
             )  # fmt: skip
     for w, written in zip(parts, memory, strict=True):
         if fuses(w) and written.data_ptr() != w.data_ptr():
@@ -444,8 +492,8 @@ def adamw_(
         Sums of m = |w| and m^2 of the new weights, float64, shape (layers, 2).
 
     """
-    constants = (-1.0 if maximize else 1.0, 1 - betas[0], betas[1], 1 - betas[1], eps)
-    return _fused(_adamw_kernel, streams, coefficients, constants, seed)
+    constants = (1 - betas[0], betas[1], 1 - betas[1], eps)
+    return _fused(_adamw_kernel, streams, coefficients, constants, seed, MAXIMIZE=maximize)
 
 
 def sgd_(
@@ -475,8 +523,9 @@ def sgd_(
         Sums of m = |w| and m^2 of the new weights, float64, shape (layers, 2).
 
     """
-    constants = (-1.0 if maximize else 1.0, weight_decay, momentum, 1 - dampening)
-    return _fused(_sgd_kernel, streams, coefficients, constants, seed, NESTEROV=nesterov, MOMENTUM=momentum != 0)
+    constants = (weight_decay, momentum, 1 - dampening)
+    kind = {"MAXIMIZE": maximize, "NESTEROV": nesterov, "MOMENTUM": momentum != 0}
+    return _fused(_sgd_kernel, streams, coefficients, constants, seed, **kind)
 
 
 def _fused(
@@ -517,14 +566,14 @@ def on_device(seed: int | Tensor | None, device: torch.device) -> Tensor | None:
     return torch.full((), seed, dtype=torch.int64, device=device)
 
 
-def launches(streams: Sequence[Sequence[Tensor]]) -> list[Launch]:
+def launches(streams: Sequence[Sequence[Tensor]], chunk: int = CHUNK) -> list[Launch]:
     """Divide layers into launches, by dtype and by whether every address allows loads of 16 bytes."""
     rows: defaultdict[tuple[torch.dtype, bool], list[int]] = defaultdict(list)
     for i, layer in enumerate(zip(*streams, strict=True)):
         w = layer[0]
         if fuses(w) and w.numel():
             rows[w.dtype, all(x.data_ptr() % 16 == 0 for x in layer)].append(i)
-    return [make_launch(streams, index, CHUNK, aligned=aligned) for (_, aligned), index in rows.items()]
+    return [make_launch(streams, index, chunk, aligned=aligned) for (_, aligned), index in rows.items()]
 
 
 def make_launch(
@@ -552,6 +601,7 @@ def make_launch(
     return Launch(
         dtype=layers[0].dtype,
         aligned=aligned,
+        chunk=chunk,
         layers=len(index),
         programs=sum([-(-n // chunk) for n in numbers]),
         rows=upload(tuple(index), torch.int64, device),

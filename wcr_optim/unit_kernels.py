@@ -21,8 +21,9 @@ from torch import Tensor
 
 from wcr_optim import kernels
 from wcr_optim.kernels import (
-    CHUNK,
     NARROW,
+    SHRINK_BLOCK,
+    SHRINK_CHUNK,
     Launch,
     fuses,
     left,
@@ -41,8 +42,8 @@ from wcr_optim.units import eager_shrink_units_, eager_unit_sums, number_of_unit
 from wcr_optim.uploads import on, upload
 
 # A program of the sums is one warp, which needs no other to add up a row.
-TILE = 1024  # weights that it takes at a time
-WIDTH = 256  # of a tile at most
+TILE = 2048  # bytes of long rows that it takes at a time
+WIDTH = 256  # weights across a tile at most
 STRETCH = 16  # tiles across that are added up in float32
 # Rows this long, where there are few of them, go to many programs each, as a layer's weights do.
 LONG, FEW = 2**14, 256
@@ -79,17 +80,20 @@ def _tile_sums(w, unit, n, length, STRETCH: tl.constexpr, COLUMNS: tl.constexpr,
     magnitude = tl.zeros((HEIGHT,), tl.float64)
     square = tl.zeros((HEIGHT,), tl.float64)
     at = w + (unit * length)[:, None]  # 64 bits: a layer can have more than 2^31 weights
+    columns = tl.arange(0, COLUMNS)[None, :]
+    here = (unit < n)[:, None]
+    following = tl.load(at + columns, mask=here & (columns < length), other=0.0)
     for begin in range(0, length, STRETCH):
         magnitudes = tl.zeros((HEIGHT, COLUMNS), tl.float32)
         squares = tl.zeros((HEIGHT, COLUMNS), tl.float32)
         for column in range(begin, tl.minimum(begin + STRETCH, length), COLUMNS):
-            columns = (column + tl.arange(0, COLUMNS))[None, :]
-            inside = (unit < n)[:, None] & (columns < length)
-            m = tl.abs(tl.load(at + columns, mask=inside, other=0.0).to(tl.float32))
+            m = tl.abs(following.to(tl.float32))
+            ahead = columns + (column + COLUMNS)
+            following = tl.load(at + ahead, mask=here & (ahead < length), other=0.0)
             magnitudes += m
-            squares += m * m
-        magnitude += tl.sum(magnitudes.to(tl.float64), 1)
-        square += tl.sum(squares.to(tl.float64), 1)
+            squares = tl.fma(m, m, squares)
+        magnitude += tl.sum(magnitudes, 1).to(tl.float64)
+        square += tl.sum(squares, 1).to(tl.float64)
     return magnitude, square
 
 
@@ -102,42 +106,56 @@ def _unit_shrink_kernel(
     row = tl.load(rows + layer)
     length, first = tl.load(lengths + row), tl.load(firsts + row)
     w = stream(pointers, layers, layer, 0, DTYPE, ALIGNED)
+    gains, thresholds = gains + first, thresholds + first
+    number = tl.load(seed) if STOCHASTIC else 0
     if start + CHUNK <= n:
+        w1, gain1, threshold1 = _unit_reads(w, start, n, length, gains, thresholds, EACH, True, BLOCK)
         for block in tl.static_range(0, CHUNK, BLOCK):
+            before, gain, threshold = w1, gain1, threshold1
+            if block + BLOCK < CHUNK:
+                to = start + (block + BLOCK)
+                w1, gain1, threshold1 = _unit_reads(w, to, n, length, gains, thresholds, EACH, True, BLOCK)
             _unit_shrink_block(
-                w, start + block, n, length, gains + first, thresholds + first, seed, row,
-                EACH, True, DTYPE, STOCHASTIC, BLOCK,
-            )  # fmt: skip
+                w, start + block, n, before, gain, threshold, number, row, EACH, True, DTYPE, STOCHASTIC, BLOCK
+            )
     else:
         for block in range(0, left(start, n, CHUNK), BLOCK):
-            _unit_shrink_block(
-                w, start + block, n, length, gains + first, thresholds + first, seed, row,
-                EACH, False, DTYPE, STOCHASTIC, BLOCK,
-            )  # fmt: skip
+            to = start + block
+            before, gain, threshold = _unit_reads(w, to, n, length, gains, thresholds, EACH, False, BLOCK)
+            _unit_shrink_block(w, to, n, before, gain, threshold, number, row, EACH, False, DTYPE, STOCHASTIC, BLOCK)
+
+
+@triton.jit
+def _unit_reads(
+    w, start, n, length, gains, thresholds, EACH: tl.constexpr, WHOLE: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """Return a block of weights, and the gain and the threshold of every EACH of them."""
+    first, beyond = _unit_of(start, length, EACH, BLOCK)
+    inside = start + EACH * tl.arange(0, BLOCK // EACH) < n
+    gain, threshold = gains + first + beyond, thresholds + first + beyond
+    if WHOLE:
+        return read(w, start + tl.arange(0, BLOCK), n, True), tl.load(gain), tl.load(threshold)
+    before = read(w, start + tl.arange(0, BLOCK), n, False)
+    return before, tl.load(gain, mask=inside, other=0.0), tl.load(threshold, mask=inside, other=0.0)
 
 
 @triton.jit
 def _unit_shrink_block(
-    w, start, n, length, gains, thresholds, seed, layer,
+    w, start, n, before, gain, threshold, seed, layer,
     EACH: tl.constexpr, WHOLE: tl.constexpr, DTYPE: tl.constexpr, STOCHASTIC: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    at = start + tl.arange(0, BLOCK)
-    first, beyond = _unit_of(start, length, EACH, BLOCK)
-    inside = start + EACH * tl.arange(0, BLOCK // EACH) < n
-    gain = _look_up(gains + first, beyond, inside, EACH, WHOLE, BLOCK)
-    threshold = _look_up(thresholds + first, beyond, inside, EACH, WHOLE, BLOCK)
-    before = read(w, at, n, WHOLE)
+    before = before.to(tl.float32)
+    gain, threshold = _of_each(gain.to(tl.float32), EACH, BLOCK), _of_each(threshold.to(tl.float32), EACH, BLOCK)
     x = shrunk(before, gain, threshold)
     if DTYPE != tl.float32:
         x = rounded(x, before, seed, layer, start, DTYPE, STOCHASTIC, BLOCK)
     x = tl.where((gain != 1.0) | (threshold != 0.0), x, before)  # for the sign of zeros, which the shrink loses
-    write(w, at, n, x.to(DTYPE), WHOLE)
+    write(w, start + tl.arange(0, BLOCK), n, x.to(DTYPE), WHOLE)
 
 
 @triton.jit
-def _look_up(values, index, inside, EACH: tl.constexpr, WHOLE: tl.constexpr, BLOCK: tl.constexpr):
-    """Return what belongs to each weight of a block, given where it stands for every EACH of them."""
-    found = tl.load(values + index) if WHOLE else tl.load(values + index, mask=inside, other=0.0)
+def _of_each(found, EACH: tl.constexpr, BLOCK: tl.constexpr):
+    """Return what belongs to each weight of a block, given what belongs to every EACH of them."""
     if EACH == 1:
         return found
     return tl.reshape(tl.broadcast_to(tl.expand_dims(found, 1), (BLOCK // EACH, EACH)), (BLOCK,))
@@ -191,15 +209,16 @@ def shrink_units_(parts: Sequence[Tensor], gain: Tensor, threshold: Tensor, seed
     if rest:
         own_gain, own_threshold = (of_layers(values, units, rest) for values in (gain, threshold))
         eager_shrink_units_([parts[i] for i in rest], own_gain, own_threshold, seed)
-    gains, thresholds = (values.float().contiguous() for values in (gain, threshold))
+    gains, thresholds = gain.contiguous(), threshold.contiguous()
     memory = [_in_rows(w) for w in parts]
     places = _places(memory, units)
     live_seed = on_device(seed, device)
     with on(device):
         for launch, each in _shrink_launches(memory):
+            options = launch.options | {"BLOCK": SHRINK_BLOCK}
             _unit_shrink_kernel[(launch.programs,)](
                 *launch.place, launch.rows, *places, gains, thresholds, live_seed, EACH=each,
-                STOCHASTIC=seed is not None and launch.dtype in NARROW, **launch.options,
+                STOCHASTIC=seed is not None and launch.dtype in NARROW, **options,
             )  # fmt: skip
     for w, changed in zip(parts, memory, strict=True):
         if changed is not w:
@@ -234,13 +253,14 @@ def _shrink_launches(parts: Sequence[Tensor]) -> Iterator[tuple[Launch, int]]:
             each = together if _length(w, number_of_units(w)) % together == 0 else 1
             groups[w.dtype, w.data_ptr() % LOAD == 0, each].append(i)
     for (_, aligned, each), index in groups.items():
-        yield make_launch([parts], index, CHUNK, aligned=aligned), each
+        chunk = SHRINK_CHUNK if each > 1 else SHRINK_CHUNK // 4  # layers whose rows are odd are small
+        yield make_launch([parts], index, chunk, aligned=aligned), each
 
 
 def _sum_launches(parts: Sequence[Tensor]) -> Iterator[tuple[Launch, dict[str, Any]]]:
     """Divide layers into launches of the sums, with the constants of each.
 
-    A program has one tile of rows, or several tiles where they are short.
+    A program has one tile of rows, or several smaller ones where they are short.
     """
     groups: defaultdict[tuple[torch.dtype, bool, int], list[int]] = defaultdict(list)
     for i, w in enumerate(parts):
@@ -248,10 +268,11 @@ def _sum_launches(parts: Sequence[Tensor]) -> Iterator[tuple[Launch, dict[str, A
             length = _length(w, number_of_units(w))
             aligned = w.data_ptr() % LOAD == 0 and length * w.element_size() % LOAD == 0
             groups[w.dtype, aligned, min(WIDTH, triton.next_power_of_2(length))].append(i)
-    for (_, aligned, columns), index in groups.items():
-        rows = TILE // columns * (1 if columns == WIDTH else 4)
+    for (dtype, aligned, columns), index in groups.items():
+        tile, tiles = (TILE // dtype.itemsize, 1) if columns == WIDTH else (TILE // 4, 8)
+        rows = tiles * tile // columns
         launch = make_launch([parts], index, rows, [number_of_units(parts[i]) for i in index], aligned=aligned)
-        constants = {"ROWS": rows, "COLUMNS": columns, "CHUNK": STRETCH * columns, "BLOCK": TILE, "num_warps": 1}
+        constants = {"ROWS": rows, "COLUMNS": columns, "CHUNK": STRETCH * columns, "BLOCK": tile, "num_warps": 1}
         yield launch, launch.options | constants
 
 

@@ -52,9 +52,8 @@ def unit_moments(layers: Sequence[Tensor], *, backend: str = "eager") -> Moments
     else:
         sums = backends.unit_implementation(backend).unit_sums(parts)
     sums = add_over_ranks(sums, layers)
-    device = parts[0].device
-    n = spread(upload(tuple([math.prod(w.shape[1:]) for w in layers]), accumulator(device), device), layers)
-    mu, q = (torch.cat(sums) / n.clamp(min=1).unsqueeze(1)).unbind(1)
+    n = _lengths(layers)
+    mu, q = (torch.cat(sums) / (n if all(map(Tensor.numel, parts)) else n.clamp(min=1)).unsqueeze(1)).unbind(1)
     return Moments(n, mu, q)
 
 
@@ -131,6 +130,20 @@ def number_of_units(w: Tensor) -> int:
     """Count the rows of a weight, or of this rank's part of it; a single number is one."""
     part = local(w)
     return len(part) if part.ndim else 1
+
+
+def _lengths(layers: Sequence[Tensor]) -> Tensor:
+    """Return the number of weights of every row on this rank, shape (rows,); not to be written."""
+    lengths, device = [math.prod(w.shape[1:]) for w in layers], local(layers[0]).device
+    if device.type != "cuda" or torch.compiler.is_compiling():
+        return spread(upload(tuple(lengths), accumulator(device), device), layers)
+    sizes = tuple(map(number_of_units, layers))
+
+    def of_rows() -> Tensor:
+        each = torch.tensor(lengths, dtype=accumulator(device), device="cpu")
+        return each.repeat_interleave(torch.tensor(sizes, device="cpu"))
+
+    return keep(("length of unit", tuple(lengths), sizes), device, of_rows)
 
 
 def spread(values: Tensor, layers: Sequence[Tensor]) -> Tensor:
