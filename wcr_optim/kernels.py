@@ -238,6 +238,11 @@ def _shrink_kernel(
 
 
 @triton.jit
+def _adamw_reads(p, g, m, v, at, n, WHOLE: tl.constexpr):
+    return read(p, at, n, WHOLE), read(g, at, n, WHOLE), read(m, at, n, WHOLE), read(v, at, n, WHOLE)
+
+
+@triton.jit
 def _adamw_block(
     p, m, v, at, start, n, before, gradient, mean, square,
     gain, threshold, decay, step, root, rate1, beta2, rate2, eps, seed, layer,
@@ -281,14 +286,13 @@ def _adamw_kernel(
     squares = tl.zeros((BLOCK,), tl.float32)
     at = start + tl.arange(0, BLOCK)
     if start + CHUNK <= n:
-        w1, g1, m1, v1 = read(p, at, n, True), read(g, at, n, True), read(m, at, n, True), read(v, at, n, True)
+        p1, g1, m1, v1 = _adamw_reads(p, g, m, v, at, n, True)
         for block in tl.static_range(0, CHUNK, BLOCK):
-            w0, g0, m0, v0 = w1, g1, m1, v1
+            before, gradient, mean, square = p1, g1, m1, v1
             if block + BLOCK < CHUNK:
-                to = at + (block + BLOCK)
-                w1, g1, m1, v1 = read(p, to, n, True), read(g, to, n, True), read(m, to, n, True), read(v, to, n, True)
+                p1, g1, m1, v1 = _adamw_reads(p, g, m, v, at + (block + BLOCK), n, True)
             magnitude = _adamw_block(
-                p, m, v, at + block, start + block, n, w0, g0, m0, v0,
+                p, m, v, at + block, start + block, n, before, gradient, mean, square,
                 gain, threshold, decay, step, root, rate1, beta2, rate2, eps, number, row,
                 MAXIMIZE, True, DTYPE, STOCHASTIC, BLOCK,
             )  # fmt: skip
@@ -296,16 +300,21 @@ def _adamw_kernel(
             squares = tl.fma(magnitude, magnitude, squares)
     else:
         for block in range(0, left(start, n, CHUNK), BLOCK):
-            to = at + block
-            w1, g1, m1, v1 = read(p, to, n, False), read(g, to, n, False), read(m, to, n, False), read(v, to, n, False)
+            before, gradient, mean, square = _adamw_reads(p, g, m, v, at + block, n, False)
             magnitude = _adamw_block(
-                p, m, v, to, start + block, n, w1, g1, m1, v1,
+                p, m, v, at + block, start + block, n, before, gradient, mean, square,
                 gain, threshold, decay, step, root, rate1, beta2, rate2, eps, number, row,
                 MAXIMIZE, False, DTYPE, STOCHASTIC, BLOCK,
             )  # fmt: skip
             magnitudes += magnitude
             squares = tl.fma(magnitude, magnitude, squares)
     _add_up(partial, programs, magnitudes, squares)
+
+
+@triton.jit
+def _sgd_reads(p, g, b, at, n, MOMENTUM: tl.constexpr, WHOLE: tl.constexpr):
+    before, gradient = read(p, at, n, WHOLE), read(g, at, n, WHOLE)
+    return before, gradient, read(b, at, n, WHOLE) if MOMENTUM else gradient
 
 
 @triton.jit
@@ -351,16 +360,13 @@ def _sgd_kernel(
     squares = tl.zeros((BLOCK,), tl.float32)
     at = start + tl.arange(0, BLOCK)
     if start + CHUNK <= n:
-        w1, g1 = read(p, at, n, True), read(g, at, n, True)
-        b1 = read(b, at, n, True) if MOMENTUM else g1
+        p1, g1, b1 = _sgd_reads(p, g, b, at, n, MOMENTUM, True)
         for block in tl.static_range(0, CHUNK, BLOCK):
-            w0, g0, b0 = w1, g1, b1
+            before, gradient, buffer = p1, g1, b1
             if block + BLOCK < CHUNK:
-                to = at + (block + BLOCK)
-                w1, g1 = read(p, to, n, True), read(g, to, n, True)
-                b1 = read(b, to, n, True) if MOMENTUM else g1
+                p1, g1, b1 = _sgd_reads(p, g, b, at + (block + BLOCK), n, MOMENTUM, True)
             magnitude = _sgd_block(
-                p, b, at + block, start + block, n, w0, g0, b0,
+                p, b, at + block, start + block, n, before, gradient, buffer,
                 gain, threshold, lr, weight_decay, momentum, fresh, number, row,
                 MAXIMIZE, NESTEROV, MOMENTUM, True, DTYPE, STOCHASTIC, BLOCK,
             )  # fmt: skip
@@ -368,11 +374,9 @@ def _sgd_kernel(
             squares = tl.fma(magnitude, magnitude, squares)
     else:
         for block in range(0, left(start, n, CHUNK), BLOCK):
-            to = at + block
-            w1, g1 = read(p, to, n, False), read(g, to, n, False)
-            b1 = read(b, to, n, False) if MOMENTUM else g1
+            before, gradient, buffer = _sgd_reads(p, g, b, at + block, n, MOMENTUM, False)
             magnitude = _sgd_block(
-                p, b, to, start + block, n, w1, g1, b1,
+                p, b, at + block, start + block, n, before, gradient, buffer,
                 gain, threshold, lr, weight_decay, momentum, fresh, number, row,
                 MAXIMIZE, NESTEROV, MOMENTUM, False, DTYPE, STOCHASTIC, BLOCK,
             )  # fmt: skip
