@@ -77,6 +77,18 @@ def test_moments(dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_sums_of_what_a_threshold_leaves(dtype):
+    weights = layers(dtype)
+    _, threshold = some(sum(map(number_of_units, weights)))
+    found, eager = compiled.unit_sums(weights, threshold), units.eager_unit_sums(weights, threshold)
+    rows = [u.double() for w in weights for u in units_of(w)]
+    left = [(u.abs() - t).clamp(min=0) for u, t in zip(rows, threshold, strict=True)]
+    expected = torch.stack([torch.stack([m.sum(), m.square().sum()]) for m in left])
+    torch.testing.assert_close(torch.cat(found), expected, rtol=2e-6, atol=1e-7)
+    torch.testing.assert_close(torch.cat(eager), expected, rtol=2e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_shrink(dtype):
     found, eager, plain = layers(dtype), layers(dtype), layers(dtype)
     gain, threshold = some(sum(map(number_of_units, found)))
@@ -259,7 +271,7 @@ def test_auto_compiles_for_a_large_model(calls, monkeypatch, fused):
 def test_layouts_of_other_kinds_are_left_to_eager_code_and_no_others(calls, monkeypatch):
     left = []
     eager = units.eager_unit_sums
-    monkeypatch.setattr(compiled, "eager_unit_sums", lambda parts: left.extend(parts) or eager(parts))
+    monkeypatch.setattr(compiled, "eager_unit_sums", lambda parts, *bounds: left.extend(parts) or eager(parts, *bounds))
     base = torch.randn(8, 6, 5, 4)
     unit_moments(views(base), backend="compiled")
     assert [w.shape for w in left] == [views(base)[i].shape for i in (2, 3, 5)]

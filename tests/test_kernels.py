@@ -284,7 +284,8 @@ def test_kernels_compile_for_gpus_that_are_not_here():
         sizes = {"CHUNK": K.CHUNK, "BLOCK": K.BLOCK, "ALIGNED": True}
         fused = sizes | {"MAXIMIZE": False}
         of_shrink = sizes | {"BLOCK": K.SHRINK_BLOCK, "CHUNK": K.SHRINK_CHUNK}
-        of_sums = {"CHUNK": 16 * U.WIDTH, "ALIGNED": True, "num_warps": 1}
+        of_sums = {"CHUNK": 16 * U.WIDTH, "ALIGNED": True, "ABOVE": False, "num_warps": 1}
+        of_left = of_sums | {"ABOVE": True}
         nearest = {"STOCHASTIC": False, "seed": None}
         made = [
             compile(K._sum_kernel, 90, DTYPE=tl.float32, **sizes),
@@ -293,7 +294,7 @@ def test_kernels_compile_for_gpus_that_are_not_here():
             compile(K._sgd_kernel, 90, DTYPE=tl.float32, NESTEROV=True, MOMENTUM=True, **nearest, **fused),
             compile(U._unit_shrink_kernel, 90, DTYPE=tl.float32, EACH=4, **nearest, **of_shrink),
             compile(U._unit_shrink_kernel, 80, DTYPE=tl.float16, STOCHASTIC=True, EACH=1, **of_shrink),
-            compile(U._unit_sum_kernel, 90, DTYPE=tl.float32, ROWS=64, COLUMNS=64, BLOCK=512, **of_sums),
+            compile(U._unit_sum_kernel, 90, DTYPE=tl.float32, ROWS=64, COLUMNS=64, BLOCK=512, **of_left),
             compile(U._unit_sum_kernel, 80, DTYPE=tl.bfloat16, ROWS=4, COLUMNS=U.WIDTH, BLOCK=1024, **of_sums),
         ]
         assert all(re.search(r"ld\\.global\\.v4\\.b32", ptx) for ptx in made)

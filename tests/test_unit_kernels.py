@@ -11,7 +11,14 @@ from triton_interpreter import DEVICE, GPU
 from wcr_optim import WCR
 from wcr_optim.moments import moments
 from wcr_optim.shrink import shrink_
-from wcr_optim.units import number_of_units, shrink_units_, spread, unit_moments
+from wcr_optim.units import (
+    eager_unit_sums,
+    number_of_units,
+    shrink_keeping_energy_,
+    shrink_units_,
+    spread,
+    unit_moments,
+)
 
 pytest.importorskip("triton")
 from wcr_optim import kernels, unit_kernels
@@ -73,6 +80,29 @@ def test_moments_of_any_shape(dtype):
         if len(own) < 300:  # the formula is slow
             expected = [plain_moments(row.cpu()) if w.numel() else (0.0, 0.0, 0.0) for row in rows_of(w)]
             torch.testing.assert_close(own.tolist(), list(map(list, expected)), rtol=5e-7, atol=0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_sums_of_what_a_threshold_leaves(dtype):
+    ws = [*layers(dtype), *layers(torch.float64, [(3, 5)])]
+    _, threshold = some(sum(map(number_of_units, ws)))
+    found, eager = unit_kernels.unit_sums(ws, threshold), eager_unit_sums(ws, threshold)
+    torch.testing.assert_close(torch.cat(found), torch.cat(eager), rtol=2e-6, atol=1e-6)
+    for w, t, own in zip(ws, torch.split(threshold, [number_of_units(w) for w in ws]), found, strict=True):
+        if w.ndim == 2 and w.numel():
+            left = (w.double().abs() - t.double().unsqueeze(1)).clamp(min=0)
+            expected = torch.stack([left.sum(1), left.square().sum(1)], dim=1)
+            torch.testing.assert_close(own, expected, rtol=2e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_shrink_that_keeps_energy(dtype):
+    found, eager = layers(dtype), layers(dtype)
+    gain, threshold = some(sum(map(number_of_units, found)))
+    for ws, backend in ((found, "triton"), (eager, "eager")):
+        shrink_keeping_energy_(ws, unit_moments(ws), threshold, gain, backend=backend)
+    rtol = 2e-6 if dtype is torch.float32 else torch.finfo(dtype).eps
+    torch.testing.assert_close(found, eager, rtol=rtol, atol=1e-7)
 
 
 def test_moments_of_any_strides_and_several_dtypes_at_once():
@@ -220,7 +250,9 @@ def test_more_than_two_to_the_31_weights_by_index_arithmetic(length):
     launch = launch._replace(
         pointers=first, table=torch.tensor([[far + 2], [-(far // options["ROWS"])]], device=DEVICE)
     )
-    unit_kernels._unit_sum_kernel[(launch.programs,)](*launch.place, launch.rows, *places, sums, **options)
+    unit_kernels._unit_sum_kernel[(launch.programs,)](
+        *launch.place, launch.rows, *places, None, sums, ABOVE=False, **options
+    )
     assert torch.equal(sums, expected)
     ((launch, each),) = unit_kernels._shrink_launches([w])
     table = torch.tensor([[(far + 2) * length], [-(far * length // launch.chunk)]], device=DEVICE)

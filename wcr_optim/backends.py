@@ -65,8 +65,8 @@ class UnitImplementation(Protocol):
     A unit is an entry w[i] of a weight; those of all tensors follow each other.
     """
 
-    def unit_sums(self, parts: Sequence[Tensor]) -> list[Tensor]:
-        """Sum m = |w| and m^2 over every unit, shape (units, 2) for each tensor, float64."""
+    def unit_sums(self, parts: Sequence[Tensor], threshold: Tensor | None = None) -> list[Tensor]:
+        """Sum m = |w|, or max(|w| - threshold, 0), and m^2 over units, shape (units, 2) for each tensor, float64."""
         ...
 
     def shrink_units_(

@@ -69,7 +69,7 @@ def sums(parts: Sequence[Tensor]) -> Tensor:
     result = torch.zeros(len(parts), 2, dtype=torch.float64, device="cpu")
     for dtype, index in _by_dtype(parts).items():
         layers = [parts[i] for i in index]
-        result[index] = eager_sums(layers) if dtype is None else _call("wcr_sums", [layers])
+        result[index] = eager_sums(layers) if dtype is None else _call("wcr_sums", [layers], None)
     return result
 
 
@@ -84,16 +84,21 @@ def shrink_(parts: Sequence[Tensor], gain: Tensor, threshold: Tensor, seed: int 
             _call("wcr_shrink", [layers], *_rounding(seed), gain[index].float(), threshold[index].float())
 
 
-def unit_sums(parts: Sequence[Tensor]) -> list[Tensor]:
-    """Sum m = |w| and m^2 over every unit w[i] of plain CPU tensors, shape (units, 2) for each, float64."""
+def unit_sums(parts: Sequence[Tensor], threshold: Tensor | None = None) -> list[Tensor]:
+    """Sum m = |w| and m^2 over every unit w[i] of plain CPU tensors, shape (units, 2) for each, float64.
+
+    With a threshold for every unit m is what it leaves of |w|, max(|w| - threshold, 0).
+    """
+    sizes = [number_of_units(w) for w in parts]
     result: dict[int, Tensor] = {}
     for dtype, index in _by_dtype(parts, _works_on_units).items():
-        layers = [parts[i] for i in index]
+        layers, units = [parts[i] for i in index], [sizes[i] for i in index]
+        bounds = None if threshold is None else of_layers(threshold, sizes, index)
         if dtype is None:
-            own = eager_unit_sums(layers)
+            own = eager_unit_sums(layers, bounds)
         else:
-            units = [number_of_units(w) for w in layers]
-            own = list(torch.split(_call("wcr_sums", [layers], units=units), units))
+            bounds = None if bounds is None else bounds.float().contiguous()
+            own = list(torch.split(_call("wcr_sums", [layers], bounds, units=units), units))
         result.update(zip(index, own, strict=True))
     return [result[i] for i in range(len(parts))]
 

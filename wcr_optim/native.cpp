@@ -267,13 +267,23 @@ void finish(const Layers& layers) {
   }
 }
 
+// With thresholds, those of the units, m is what they leave of |w|. A NaN stays one.
 template <class T>
-void sum_all(const Layers& layers) {
+void sum_all(const Layers& layers, const float* thresholds) {
   for_rows(layers, [&](const Row& row) {
     T* weights = weights_of<T>(layers, 0, row);
-    float copy[ROW];
+    float copy[ROW], left[ROW];
     prefetch(weights, row.n);
-    add_up(open(weights, copy, row.n), row);
+    const float* w = open(weights, copy, row.n);
+    if (thresholds == nullptr) return add_up(w, row);
+    for (int i = 0; i < row.n; i += row.length) {
+      const float threshold = thresholds[row.unit + i / row.length];
+      for (int j = i; j < i + row.length; j++) {
+        const float above = std::fabs(w[j]) - threshold;
+        left[j] = above < 0 ? 0 : above;
+      }
+    }
+    add_up(left, row);
   });
   finish(layers);
 }
@@ -334,7 +344,9 @@ void update_all(const Layers& layers, const float* coefficients, const Update& u
 
 extern "C" {
 
-void wcr_sums(const Layers* layers) { layers->narrow ? sum_all<bfloat16>(*layers) : sum_all<float>(*layers); }
+void wcr_sums(const Layers* layers, const float* thresholds) {
+  layers->narrow ? sum_all<bfloat16>(*layers, thresholds) : sum_all<float>(*layers, thresholds);
+}
 
 void wcr_shrink(const Layers* layers, int stochastic, uint64_t seed, const float* gains, const float* thresholds) {
   const Rounding rounding{stochastic != 0, seed};

@@ -54,11 +54,14 @@ LOAD = 16  # bytes of weights that a thread takes side by side
 
 @triton.jit(do_not_specialize=["layers"])
 def _unit_sum_kernel(
-    pointers, table, layers, layer_of, rows, lengths, firsts, sums,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    pointers, table, layers, layer_of, rows, lengths, firsts, thresholds, sums,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, ABOVE: tl.constexpr,
     DTYPE: tl.constexpr, ALIGNED: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Sum the rows of a layer, ROWS to a program, in tiles of BLOCK weights, COLUMNS wide."""
+    """Sum the rows of a layer, ROWS to a program, in tiles of BLOCK weights, COLUMNS wide.
+
+    Where ABOVE, m is what the row's threshold leaves of |w|.
+    """
     HEIGHT: tl.constexpr = BLOCK // COLUMNS
     layer, start, n = where(table, layers, layer_of, ROWS)
     row = tl.load(rows + layer)
@@ -68,14 +71,17 @@ def _unit_sum_kernel(
     w = stream(pointers, layers, layer, 0, DTYPE, ALIGNED)
     for tile in range(0, left(start, n, ROWS), HEIGHT):
         unit = start + tile + tl.arange(0, HEIGHT)
-        magnitude, square = _tile_sums(w, unit, n, length, CHUNK, COLUMNS, HEIGHT)
+        bound = tl.load(thresholds + first + unit, mask=unit < n, other=0.0).to(tl.float32) if ABOVE else 0.0
+        magnitude, square = _tile_sums(w, unit, n, length, bound, ABOVE, CHUNK, COLUMNS, HEIGHT)
         at = sums + 2 * (first + unit)
         tl.store(at, magnitude, mask=unit < n)
         tl.store(at + 1, square, mask=unit < n)
 
 
 @triton.jit
-def _tile_sums(w, unit, n, length, STRETCH: tl.constexpr, COLUMNS: tl.constexpr, HEIGHT: tl.constexpr):
+def _tile_sums(
+    w, unit, n, length, bound, ABOVE: tl.constexpr, STRETCH: tl.constexpr, COLUMNS: tl.constexpr, HEIGHT: tl.constexpr
+):  # fmt: skip
     """Sum m and m^2 over whole rows, in float32 over STRETCH weights, in float64 from there on."""
     magnitude = tl.zeros((HEIGHT,), tl.float64)
     square = tl.zeros((HEIGHT,), tl.float64)
@@ -88,6 +94,8 @@ def _tile_sums(w, unit, n, length, STRETCH: tl.constexpr, COLUMNS: tl.constexpr,
         squares = tl.zeros((HEIGHT, COLUMNS), tl.float32)
         for column in range(begin, tl.minimum(begin + STRETCH, length), COLUMNS):
             m = tl.abs(following.to(tl.float32))
+            if ABOVE:
+                m = tl.maximum(m - bound[:, None], 0.0)
             ahead = columns + (column + COLUMNS)
             following = tl.load(at + ahead, mask=here & (ahead < length), other=0.0)
             magnitudes += m
@@ -177,24 +185,33 @@ def _unit_of(start, length, EACH: tl.constexpr, BLOCK: tl.constexpr):
 # --- launches --------------------------------------------------------------------------------------------------------
 
 
-def unit_sums(parts: Sequence[Tensor]) -> list[Tensor]:
-    """Sum m = |w| and m^2 over every unit w[i] of plain tensors on one device, shape (units, 2) for each, float64."""
+def unit_sums(parts: Sequence[Tensor], threshold: Tensor | None = None) -> list[Tensor]:
+    """Sum m = |w| and m^2 over every unit w[i] of plain tensors on one device, shape (units, 2) for each, float64.
+
+    With a threshold for every unit m is what it leaves of |w|, max(|w| - threshold, 0).
+    """
     device = parts[0].device
     units = [number_of_units(w) for w in parts]
     result = torch.zeros(sum(units), 2, dtype=torch.float64, device=device)
+    bounds = None if threshold is None else threshold.contiguous()
     memory = [_in_rows(w) for w in parts]  # copies live until the kernels are launched
     places = _places(memory, units)
     with on(device):
         for launch, options in _sum_launches(memory):
-            _unit_sum_kernel[(launch.programs,)](*launch.place, launch.rows, *places, result, **options)
+            _unit_sum_kernel[(launch.programs,)](
+                *launch.place, launch.rows, *places, bounds, result, ABOVE=bounds is not None, **options
+            )
     sums = list(torch.split(result, units))
     long = [i for i, w in enumerate(memory) if _is_long(w)]
+    rest = [i for i, w in enumerate(parts) if not fuses(w)]
+    if threshold is not None:  # a pass that only some layers of some networks take
+        rest, long = sorted(rest + long), []
     if long:
         rows = kernels.sums([row for i in long for row in memory[i].unbind()])
         for i, own in zip(long, torch.split(rows, [units[i] for i in long]), strict=True):
             sums[i] = own
-    rest = [i for i, w in enumerate(parts) if not fuses(w)]
-    for i, own in zip(rest, eager_unit_sums([parts[i] for i in rest]), strict=True):
+    own_bounds = None if threshold is None or not rest else of_layers(threshold, units, rest)
+    for i, own in zip(rest, eager_unit_sums([parts[i] for i in rest], own_bounds), strict=True):
         sums[i] = own
     return sums
 

@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 MOST_GAIN = 1.1  # that gives a row its energy back in one step
-SECOND_DRAW = 2**38  # from one seed to another, where weights are rounded twice in a step
 
 
 @torch.no_grad()
@@ -46,15 +45,20 @@ def unit_moments(layers: Sequence[Tensor], *, backend: str = "eager") -> Moments
         ValueError: If a DTensor holds pending partial sums.
 
     """
+    n = _lengths(layers)
+    divisor = n if all(local(w).numel() for w in layers) else n.clamp(min=1)
+    mu, q = (_unit_sums(layers, None, backend) / divisor.unsqueeze(1)).unbind(1)
+    return Moments(n, mu, q)
+
+
+def _unit_sums(layers: Sequence[Tensor], threshold: Tensor | None, backend: str) -> Tensor:
+    """Sum m = |w|, or max(|w| - threshold, 0), and m^2 over rows, all ranks' parts of them, shape (rows, 2)."""
     parts = [local(w) for w in layers]
     if backend == "eager" or torch.compiler.is_compiling():
-        sums = eager_unit_sums(parts)
+        sums = eager_unit_sums(parts, threshold)
     else:
-        sums = backends.unit_implementation(backend).unit_sums(parts)
-    sums = add_over_ranks(sums, layers)
-    n = _lengths(layers)
-    mu, q = (torch.cat(sums) / (n if all(map(Tensor.numel, parts)) else n.clamp(min=1)).unsqueeze(1)).unbind(1)
-    return Moments(n, mu, q)
+        sums = backends.unit_implementation(backend).unit_sums(parts, threshold)
+    return torch.cat(add_over_ranks(sums, layers))
 
 
 @torch.no_grad()
@@ -99,8 +103,7 @@ def shrink_keeping_energy_(
         w[i] <- lift[i] min(|w[i]| / |x|, 1.1) x,    x = softshrink(w[i], threshold[i])
 
     The closed form of the flows knows the energy beforehand, but only while no weight reaches zero. Eager does this in
-    one pass, unless a row lies on several ranks; what is left is measured by another pass elsewhere, and given back by
-    a third, which rounds anew.
+    one pass, unless a row lies on several ranks; elsewhere one that reads measures what will be left.
 
     Args:
         layers: Weights as for `unit_moments`; a DTensor's local part is written. All ranks must call this.
@@ -114,10 +117,8 @@ def shrink_keeping_energy_(
     if backend == "eager" and not any(map(_cut_by, layers)):
         eager_shrink_units_([local(w) for w in layers], lift, threshold, seed, energy=units.n * units.q)
         return
-    shrink_units_(layers, torch.ones_like(threshold), threshold, seed=seed, backend=backend)
-    gain = _gain(units.q, unit_moments(layers, backend=backend).q) * lift
-    seed = None if seed is None else seed + SECOND_DRAW
-    shrink_units_(layers, gain, torch.zeros_like(threshold), seed=seed, backend=backend)
+    left = _unit_sums(layers, threshold, backend)[:, 1]
+    shrink_units_(layers, _gain(units.n * units.q, left) * lift, threshold, seed=seed, backend=backend)
 
 
 def _gain(before: Tensor, left: Tensor) -> Tensor:
@@ -165,9 +166,14 @@ def of_layers(values: Tensor, units: Sequence[int], index: Sequence[int]) -> Ten
     return values if len(index) == len(units) else torch.cat([parts[i] for i in index])
 
 
-def eager_unit_sums(parts: Sequence[Tensor]) -> list[Tensor]:
-    """Sum m = |w| and m^2 over every row of plain tensors with torch's own kernels, shape (rows, 2) for each."""
-    return [_sums(rows) if rows.numel() else _no_sums(rows) for rows in map(rows_of, parts)]
+def eager_unit_sums(parts: Sequence[Tensor], threshold: Tensor | None = None) -> list[Tensor]:
+    """Sum m = |w| and m^2 over every row of plain tensors with torch's own kernels, shape (rows, 2) for each.
+
+    With a threshold for every row m is what it leaves of |w|, max(|w| - threshold, 0).
+    """
+    rows = [rows_of(w) for w in parts]
+    bounds = [None] * len(rows) if threshold is None else torch.split(threshold, [len(w) for w in rows])
+    return [_sums(w, t) if w.numel() else _no_sums(w) for w, t in zip(rows, bounds, strict=True)]
 
 
 def eager_shrink_units_(
@@ -217,14 +223,17 @@ def _rows_at_once(rows: Tensor) -> int:
     return max(1, chunk // max(1, math.prod(rows.shape[1:])))
 
 
-def _sums(rows: Tensor) -> Tensor:
-    """Sum m = |w| and m^2 over each row, shape (rows, 2).
+def _sums(rows: Tensor, threshold: Tensor | None = None) -> Tensor:
+    """Sum m = |w|, or what a threshold leaves of it, and m^2 over each row, shape (rows, 2).
 
     By way of m - mean(m): its sums may run in the weights' own precision, since V = q - mu^2 then cancels nothing.
     """
-    columns = []
-    for piece in split_rows(rows):
+    columns, at_once = [], _rows_at_once(rows)
+    for start, piece in enumerate(split_rows(rows)):
         m = piece.to(compute_dtype(piece)).flatten(1).abs()
+        if threshold is not None:
+            bound = threshold[start * at_once : start * at_once + len(piece)]
+            m = m.sub_(bound.to(m.dtype).unsqueeze(1)).clamp_(min=0)
         centre = m.mean(1)
         deviation = m.sub_(centre.unsqueeze(1)).sum(1)
         columns.append((centre, deviation, m.square_().sum(1)))
