@@ -110,14 +110,15 @@ class TestShrink:
         shrink_keeping_energy_([w], unit_moments([w]), zeros, zeros + 1)
         assert torch.equal(w.nan_to_num(7.0), before.nan_to_num(7.0))
 
-    def test_narrow_weights_keep_their_energy_through_many_steps(self):
+    @pytest.mark.parametrize("backend", ["eager", pytest.param("compiled", marks=needs_compiler)])
+    def test_narrow_weights_keep_their_energy_through_many_steps(self, backend):
         torch.manual_seed(0)
         w = torch.randn(8, 2000).to(torch.bfloat16)
         start = energies(w)
         for step in range(300):
             units = unit_moments([w])
             threshold = torch.full((8,), 1e-4, dtype=torch.float64)
-            shrink_keeping_energy_([w], units, threshold, torch.ones_like(threshold), seed=step)
+            shrink_keeping_energy_([w], units, threshold, torch.ones_like(threshold), seed=step, backend=backend)
         assert ((energies(w) / start) - 1).abs().max() < 0.02
         assert (w == 0).float().mean() > 0.01
 
