@@ -204,7 +204,7 @@ def unit_sums(parts: Sequence[Tensor], threshold: Tensor | None = None) -> list[
     sums = list(torch.split(result, units))
     long = [i for i, w in enumerate(memory) if _is_long(w)]
     rest = [i for i, w in enumerate(parts) if not fuses(w)]
-    if threshold is not None:  # a pass that only some layers of some networks take
+    if threshold is not None:  # those have no kernel of their own for it, as few networks have any that would take it
         rest, long = sorted(rest + long), []
     if long:
         rows = kernels.sums([row for i in long for row in memory[i].unbind()])
