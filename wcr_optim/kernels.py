@@ -548,7 +548,7 @@ def _fused(
         for launch in launches(streams):
             partial = launch.partial()
             kernel[(launch.programs,)](
-                *launch.place, launch.rows, coefficients, partial, launch.programs, *constants, live_seed,
+                *launch.place, launch.rows, coefficients, partial, launch.programs, *map(float, constants), live_seed,
                 STOCHASTIC=seed is not None and launch.dtype in NARROW, **kind, **launch.options,
             )  # fmt: skip
             launch.finish(partial, result)
