@@ -103,6 +103,14 @@ class TestShrink:
         for row, now, t, factor in zip(rows, [r for w in layers for r in w], threshold, lift, strict=True):
             torch.testing.assert_close(now, slow_step(row, t.item()) * factor.item())
 
+    @pytest.mark.parametrize("backend", ["eager", pytest.param("compiled", marks=needs_compiler)])
+    def test_a_threshold_of_nan_does_not_pass_for_one_that_takes_all(self, backend):
+        w = torch.randn(2, 40)
+        thresholds = torch.tensor([0.1, torch.nan], dtype=torch.float64)
+        shrink_keeping_energy_([w], unit_moments([w]), thresholds, torch.ones_like(thresholds), backend=backend)
+        assert w[0].isfinite().all()
+        assert w[1].isnan().all()
+
     def test_leaves_alone_what_has_no_threshold(self):
         w = torch.stack([torch.zeros(4), torch.ones(4), torch.full((4,), torch.nan), torch.full((4,), torch.inf)])
         before = w.clone()

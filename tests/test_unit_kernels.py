@@ -95,6 +95,24 @@ def test_sums_of_what_a_threshold_leaves(dtype):
             torch.testing.assert_close(own, expected, rtol=2e-6, atol=1e-6)
 
 
+def test_a_nan_is_seen_above_a_threshold_and_thresholds_are_counted():
+    w = torch.ones(3, 300, device=DEVICE)
+    w[1, 7] = math.nan
+    (sums,) = unit_kernels.unit_sums([w], torch.full((3,), 0.5, device=DEVICE))
+    assert sums.isnan().any(1).tolist() == [False, True, False]
+    with pytest.raises(ValueError, match="got 2 thresholds for 3 units"):
+        unit_kernels.unit_sums([w], torch.zeros(2, device=DEVICE))
+
+
+@pytest.mark.parametrize("threshold", [0.0, math.nan])
+def test_a_threshold_that_is_none_or_nan_leaves_weights_or_nan(threshold):
+    w = torch.randn(3, 300, device=DEVICE)
+    before, thresholds = w.clone(), torch.tensor([0.1, threshold, 0.1], dtype=torch.float64, device=DEVICE)
+    shrink_keeping_energy_([w], unit_moments([w]), thresholds, torch.ones_like(thresholds), backend="triton")
+    assert torch.equal(w[1], before[1]) if threshold == 0.0 else w[1].isnan().all()
+    assert w[[0, 2]].isfinite().all()
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_shrink_that_keeps_energy(dtype):
     found, eager = layers(dtype), layers(dtype)

@@ -30,7 +30,7 @@ class Moments(NamedTuple):
     """The first two moments of the magnitudes m = |w|, one entry per layer.
 
     Attributes:
-        n: Number of weights, shape (layers,).
+        n: Number of weights, shape (layers,); not to be written, since equal requests share it.
         mu: Mean magnitude, mean(m), shape (layers,), in units of a weight.
         q: Mean squared magnitude, mean(m^2), shape (layers,), in units of a weight squared.
     """

@@ -95,7 +95,7 @@ def _tile_sums(
         for column in range(begin, tl.minimum(begin + STRETCH, length), COLUMNS):
             m = tl.abs(following.to(tl.float32))
             if ABOVE:
-                m = tl.maximum(m - bound[:, None], 0.0)
+                m = tl.maximum(m - bound[:, None], 0.0, propagate_nan=tl.PropagateNan.ALL)
             ahead = columns + (column + COLUMNS)
             following = tl.load(at + ahead, mask=here & (ahead < length), other=0.0)
             magnitudes += m
@@ -192,6 +192,8 @@ def unit_sums(parts: Sequence[Tensor], threshold: Tensor | None = None) -> list[
     """
     device = parts[0].device
     units = [number_of_units(w) for w in parts]
+    if threshold is not None and len(threshold) != sum(units):  # or the kernel would read what lies behind them
+        raise ValueError(f"got {len(threshold)} thresholds for {sum(units)} units")
     result = torch.zeros(sum(units), 2, dtype=torch.float64, device=device)
     bounds = None if threshold is None else threshold.contiguous()
     memory = [_in_rows(w) for w in parts]  # copies live until the kernels are launched

@@ -118,7 +118,9 @@ def shrink_keeping_energy_(
         eager_shrink_units_([local(w) for w in layers], lift, threshold, seed, energy=units.n * units.q)
         return
     left = _unit_sums(layers, threshold, backend)[:, 1]
-    shrink_units_(layers, _gain(units.n * units.q, left) * lift, threshold, seed=seed, backend=backend)
+    # 1 without a threshold, whatever rounding makes of the sums, and NaN where it is NaN, which would leave zeros.
+    gain = torch.where(threshold > 0, _gain(units.n * units.q, left), 1.0 + threshold)
+    shrink_units_(layers, gain * lift, threshold, seed=seed, backend=backend)
 
 
 def _gain(before: Tensor, left: Tensor) -> Tensor:
