@@ -212,9 +212,10 @@ def unit_sums(parts: Sequence[Tensor], threshold: Tensor | None = None) -> list[
         rows = kernels.sums([row for i in long for row in memory[i].unbind()])
         for i, own in zip(long, torch.split(rows, [units[i] for i in long]), strict=True):
             sums[i] = own
-    own_bounds = None if threshold is None or not rest else of_layers(threshold, units, rest)
-    for i, own in zip(rest, eager_unit_sums([parts[i] for i in rest], own_bounds), strict=True):
-        sums[i] = own
+    if rest:
+        own_bounds = None if threshold is None else of_layers(threshold, units, rest)
+        for i, own in zip(rest, eager_unit_sums([parts[i] for i in rest], own_bounds), strict=True):
+            sums[i] = own
     return sums
 
 
@@ -288,6 +289,7 @@ def _sum_launches(parts: Sequence[Tensor]) -> Iterator[tuple[Launch, dict[str, A
             aligned = w.data_ptr() % LOAD == 0 and length * w.element_size() % LOAD == 0
             groups[w.dtype, aligned, min(WIDTH, triton.next_power_of_2(length))].append(i)
     for (dtype, aligned, columns), index in groups.items():
+        # Short rows leave no room for more than that: a thread keeps the sums of many at once.
         tile, tiles = (TILE // dtype.itemsize, 1) if columns == WIDTH else (TILE // 4, 8)
         rows = tiles * tile // columns
         launch = make_launch([parts], index, rows, [number_of_units(parts[i]) for i in index], aligned=aligned)

@@ -137,16 +137,16 @@ def number_of_units(w: Tensor) -> int:
 
 def _lengths(layers: Sequence[Tensor]) -> Tensor:
     """Return the number of weights of every row on this rank, shape (rows,); not to be written."""
-    lengths, device = [math.prod(w.shape[1:]) for w in layers], local(layers[0]).device
-    if device.type != "cuda" or torch.compiler.is_compiling():
-        return spread(upload(tuple(lengths), accumulator(device), device), layers)
+    lengths, device = tuple([math.prod(w.shape[1:]) for w in layers]), local(layers[0]).device
+    if torch.compiler.is_compiling():  # which cannot trace a size that stands in a tensor
+        return spread(upload(lengths, accumulator(device), device), layers)
     sizes = tuple(map(number_of_units, layers))
 
     def of_rows() -> Tensor:
         each = torch.tensor(lengths, dtype=accumulator(device), device="cpu")
         return each.repeat_interleave(torch.tensor(sizes, device="cpu"))
 
-    return keep(("length of unit", tuple(lengths), sizes), device, of_rows)
+    return keep(("length of unit", lengths, sizes), device, of_rows)
 
 
 def spread(values: Tensor, layers: Sequence[Tensor]) -> Tensor:
