@@ -1,5 +1,7 @@
 """The compiled kernels of units: every entry w[i] of a weight against the eager code and against the formula."""
 
+import math
+
 import pytest
 import torch
 from reference import Elsewhere, plain_moments, plain_shrink, small_batch, small_net
@@ -76,13 +78,14 @@ def test_moments(dtype):
     torch.testing.assert_close(found, eager, rtol=1e-6, atol=1e-12)
 
 
+@pytest.mark.parametrize("cutoff", [math.inf, 0.7])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_sums_of_what_a_threshold_leaves(dtype):
+def test_sums_of_what_a_threshold_leaves(dtype, cutoff):
     weights = layers(dtype)
     _, threshold = some(sum(map(number_of_units, weights)))
-    found, eager = compiled.unit_sums(weights, threshold), units.eager_unit_sums(weights, threshold)
-    rows = [u.double() for w in weights for u in units_of(w)]
-    left = [(u.abs() - t).clamp(min=0) for u, t in zip(rows, threshold, strict=True)]
+    found, eager = compiled.unit_sums(weights, threshold, cutoff), units.eager_unit_sums(weights, threshold, cutoff)
+    rows = [u.double().abs() for w in weights for u in units_of(w)]
+    left = [torch.where(m < cutoff, (m - t).clamp(min=0), m) for m, t in zip(rows, threshold, strict=True)]
     expected = torch.stack([torch.stack([m.sum(), m.square().sum()]) for m in left])
     torch.testing.assert_close(torch.cat(found), expected, rtol=2e-6, atol=1e-7)
     torch.testing.assert_close(torch.cat(eager), expected, rtol=2e-6, atol=1e-7)

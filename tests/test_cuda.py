@@ -22,7 +22,7 @@ from wcr_optim import (
     param_groups,
     pruning,
 )  # fmt: skip
-from wcr_optim.tail import tail_energies
+from wcr_optim.tail import tails
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -119,7 +119,7 @@ def test_units_of_one_threshold_wait_for_nothing_and_move_as_on_the_cpu(backend)
     for device, own in (("cpu", "eager"), ("cuda", backend)):
         ps = parameters(device)
         opt = WCR(adamw_fused(ps), 1e-4, form="per_unit", backend=own)
-        opt.scale_invariant = [(0, place) for place in range(0, len(ps), 2)]
+        opt.scale_invariant, opt.cutoff = [(0, place) for place in range(0, len(ps), 2)], 0.05
         run(opt, ps, 3)
         with nothing_waits() if device == "cuda" else nullcontext():
             run(opt, ps, 5)
@@ -298,7 +298,7 @@ def test_tails_are_those_on_the_cpu():
     ps = parameters("cpu")
     there = [p.detach().cuda() for p in ps]
     for sparsity in (0.5, 0.9, 0.99):
-        ours, plain = (tail_energies([sets[:3], sets[3:]], sparsity).cpu() for sets in (there, ps))
+        ours, plain = (tails([sets[:3], sets[3:]], sparsity).cpu() for sets in (there, ps))
         torch.testing.assert_close(ours, plain, rtol=1e-9, atol=0)
 
 

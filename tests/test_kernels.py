@@ -292,8 +292,8 @@ def test_kernels_compile_for_gpus_that_are_not_here():
             compile(K._shrink_kernel, 90, DTYPE=tl.float16, STOCHASTIC=True, **of_shrink),
             compile(K._adamw_kernel, 80, DTYPE=tl.float32, **nearest, **fused),
             compile(K._sgd_kernel, 90, DTYPE=tl.float32, NESTEROV=True, MOMENTUM=True, **nearest, **fused),
-            compile(U._unit_shrink_kernel, 90, DTYPE=tl.float32, EACH=4, **nearest, **of_shrink),
-            compile(U._unit_shrink_kernel, 80, DTYPE=tl.float16, STOCHASTIC=True, EACH=1, **of_shrink),
+            compile(U._unit_shrink_kernel, 90, DTYPE=tl.float32, EACH=4, SPARES=True, **nearest, **of_shrink),
+            compile(U._unit_shrink_kernel, 80, DTYPE=tl.float16, STOCHASTIC=True, EACH=1, SPARES=False, **of_shrink),
             compile(U._unit_sum_kernel, 90, DTYPE=tl.float32, ROWS=64, COLUMNS=64, BLOCK=512, **of_left),
             compile(U._unit_sum_kernel, 80, DTYPE=tl.bfloat16, ROWS=4, COLUMNS=U.WIDTH, BLOCK=1024, **of_sums),
         ]

@@ -1,6 +1,7 @@
 """Units whose size a normalization layer hides get one threshold, and each keeps its energy."""
 
 import copy
+import math
 import warnings
 
 import pytest
@@ -31,9 +32,9 @@ def slow_threshold(thresholds, lengths, sizes, m):
     ]
 
 
-def slow_step(w, threshold):
-    """Shrink one row and give it its energy back."""
-    x = w.sign() * (w.abs() - threshold).clamp(min=0)
+def slow_step(w, threshold, cutoff=math.inf):
+    """Shrink one row, sparing what is large, and give it its energy back."""
+    x = torch.where(w.abs() < cutoff, w.sign() * (w.abs() - threshold).clamp(min=0), w)
     return x * min((w.square().sum() / x.square().sum()).sqrt().item(), 1.1)
 
 
@@ -86,7 +87,8 @@ class TestThreshold:
 class TestShrink:
     @pytest.mark.parametrize("backend", ["eager", pytest.param("compiled", marks=needs_compiler)])
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-    def test_is_the_obvious_one_row_by_row(self, dtype, backend):
+    @pytest.mark.parametrize("cutoff", [math.inf, 1.0, 0.3, 0.0])
+    def test_is_the_obvious_one_row_by_row(self, dtype, cutoff, backend):
         torch.manual_seed(0)
         layers = [
             torch.randn(6, 40, dtype=dtype),
@@ -98,10 +100,24 @@ class TestShrink:
             torch.linspace(0, 0.8, 11, dtype=torch.float64),
             torch.linspace(1, 1.1, 11, dtype=torch.float64),
         )
-        shrink_keeping_energy_(layers, units, threshold, lift, backend=backend)
+        shrink_keeping_energy_(layers, units, threshold, lift, cutoff=cutoff, backend=backend)
         rows = [row for w in before for row in w]
         for row, now, t, factor in zip(rows, [r for w in layers for r in w], threshold, lift, strict=True):
-            torch.testing.assert_close(now, slow_step(row, t.item()) * factor.item())
+            torch.testing.assert_close(now, slow_step(row, t.item(), cutoff) * factor.item())
+
+    @pytest.mark.parametrize("backend", ["eager", pytest.param("compiled", marks=needs_compiler)])
+    def test_nothing_above_the_cutoff_shrinks_and_what_is_not_finite_stays(self, backend):
+        w = torch.randn(3, 40)
+        w[1, 3], w[2, 5] = torch.nan, torch.inf
+        before, thresholds = w.clone(), torch.full((3,), 0.2, dtype=torch.float64)
+        shrink_keeping_energy_(
+            [w], unit_moments([w]), thresholds, torch.ones_like(thresholds), cutoff=0.5, backend=backend
+        )
+        large, small = before[0].abs() >= 0.5, before[0].abs() < 0.2
+        assert (w[0][large].abs() >= before[0][large].abs()).all()
+        assert not w[0][small].any()
+        assert w[1, 3].isnan()
+        assert w[2, 5] == torch.inf
 
     @pytest.mark.parametrize("backend", ["eager", pytest.param("compiled", marks=needs_compiler)])
     def test_a_threshold_of_nan_does_not_pass_for_one_that_takes_all(self, backend):
@@ -119,14 +135,17 @@ class TestShrink:
         assert torch.equal(w.nan_to_num(7.0), before.nan_to_num(7.0))
 
     @pytest.mark.parametrize("backend", ["eager", pytest.param("compiled", marks=needs_compiler)])
-    def test_narrow_weights_keep_their_energy_through_many_steps(self, backend):
+    @pytest.mark.parametrize("cutoff", [math.inf, 0.5])
+    def test_narrow_weights_keep_their_energy_through_many_steps(self, cutoff, backend):
         torch.manual_seed(0)
         w = torch.randn(8, 2000).to(torch.bfloat16)
         start = energies(w)
         for step in range(300):
             units = unit_moments([w])
             threshold = torch.full((8,), 1e-4, dtype=torch.float64)
-            shrink_keeping_energy_([w], units, threshold, torch.ones_like(threshold), seed=step, backend=backend)
+            shrink_keeping_energy_(
+                [w], units, threshold, torch.ones_like(threshold), cutoff=cutoff, seed=step, backend=backend
+            )
         assert ((energies(w) / start) - 1).abs().max() < 0.02
         assert (w == 0).float().mean() > 0.01
 
@@ -213,6 +232,48 @@ class TestInATarget:
     def test_not_around_sgd_nor_with_goals_of_their_own_nor_in_other_forms(self, make, options):
         assert self.run(make, **options) == [[]] * 12
 
+    def test_the_threshold_spares_what_pruning_will_keep(self):
+        net = normed()
+        optimizer = WCR(torch.optim.AdamW(param_groups(net), lr=1e-3), form="per_unit")
+        target = SparsityTarget(optimizer, 0.5, 100, every=5)
+        assert optimizer.cutoff == math.inf
+        train(net, optimizer, 9, target)
+        train(net, optimizer, 1, target, first=9)  # the last of these steps measures
+        magnitudes = torch.cat([w.detach().abs().flatten() for w in layers_of(net)])
+        assert optimizer.cutoff == pytest.approx(2 * magnitudes.quantile(0.5).item(), rel=1e-2)
+        before = [w.detach().clone() for w in layers_of(net)]
+        gradients(net, 10)
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-30  # the penalty alone, by way of its strength
+        optimizer.param_groups[0]["weight_concentration"] *= 1e27
+        optimizer.step()
+        for w, then in list(zip(layers_of(net), before, strict=True))[:2]:
+            spared = then.abs() >= optimizer.cutoff
+            assert (w[spared].abs() >= then[spared].abs()).all()
+            assert (w[~spared].abs() < then[~spared].abs()).all()
+
+    def test_the_cutoff_is_part_of_the_state_and_forgotten_by_another_target(self):
+        net = normed()
+        optimizer = WCR(torch.optim.AdamW(param_groups(net), lr=1e-3), form="per_unit")
+        target = SparsityTarget(optimizer, 0.5, 100, every=5)
+        train(net, optimizer, 7, target)
+        cutoff, state = optimizer.cutoff, target.state_dict()
+        resumed = SparsityTarget(optimizer, 0.5, 100, every=5)
+        assert optimizer.cutoff == math.inf
+        resumed.load_state_dict(state)
+        assert optimizer.cutoff == cutoff < math.inf
+
+    def test_weights_that_are_not_finite_leave_the_cutoff_as_it_was(self):
+        net = normed()
+        optimizer = WCR(torch.optim.AdamW(param_groups(net), lr=1e-3), form="per_unit")
+        target = SparsityTarget(optimizer, 0.5, 100, every=1)
+        train(net, optimizer, 2, target)
+        cutoff = optimizer.cutoff
+        with torch.no_grad():
+            layers_of(net)[0][0, 0] = torch.inf
+        target.step(1.0)
+        assert optimizer.cutoff == cutoff
+
     def test_a_norm_that_is_frozen_is_noticed(self):
         net = normed()
         optimizer = WCR(torch.optim.AdamW(param_groups(net), lr=1e-3), form="per_unit")
@@ -255,7 +316,7 @@ class TestInATarget:
         train(net, optimizer, 7, target)
         state = target.state_dict()
         assert [place[:2] for place in state["seen_invariant"]] == [[0, 0], [0, 1], [0, 2]]
-        for key in ("scale_invariant", "seen_invariant"):
+        for key in ("scale_invariant", "seen_invariant", "cutoff"):
             del state[key]
         target.load_state_dict(state)
         train(net, optimizer, 8, target, first=7)

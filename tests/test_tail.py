@@ -8,12 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from target_reference import plain_tail
 
-from wcr_optim.tail import tail_energies
+from wcr_optim.tail import tails
 from wcr_optim.trend import LossTrend
 
 
 def measured_tail(tensors, sparsity: float) -> float:
-    pruned, total = tail_energies([tensors], sparsity)[0].tolist()
+    pruned, total, _ = tails([tensors], sparsity)[0].tolist()
     return pruned / total
 
 
@@ -45,16 +45,24 @@ class TestTail:
 
     def test_sets_are_ranked_apart(self):
         a, b = torch.randn(500), 100 * torch.randn(300)
-        energies = tail_energies([[a], [b]], 0.9)
-        for (pruned, total), w in zip(energies.tolist(), (a, b), strict=True):
+        measured = tails([[a], [b]], 0.9)
+        for (pruned, total, threshold), w in zip(measured.tolist(), (a, b), strict=True):
             assert pruned / total == pytest.approx(plain_tail([w], 0.9), rel=0.01)
+            assert threshold == pytest.approx(w.abs().quantile(0.9).item(), rel=0.04)
             assert total == pytest.approx(w.double().square().sum().item(), rel=0.01)
+
+    def test_threshold_of_what_is_pruned(self):
+        w = torch.randn(100_000)
+        for sparsity in (0.0, 0.5, 0.98, 1.0):
+            wanted = w.abs().quantile(sparsity).item() if sparsity else 0.0
+            assert tails([[w]], sparsity)[0, 2].item() == pytest.approx(wanted, rel=0.005 if sparsity < 1 else 0.04)
+        assert 0 <= tails([[torch.zeros(10)]], 0.9)[0, 2].item() < 1e-37
 
     @pytest.mark.parametrize("bad", [math.nan, math.inf])
     def test_what_is_not_finite_shows(self, bad):
         w = torch.randn(100)
         w[3] = bad
-        assert not math.isfinite(tail_energies([[w]], 0.5)[0, 1].item())
+        assert not math.isfinite(tails([[w]], 0.5)[0, 1].item())
 
 
 class TestLossTrend:

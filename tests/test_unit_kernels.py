@@ -82,15 +82,17 @@ def test_moments_of_any_shape(dtype):
             torch.testing.assert_close(own.tolist(), list(map(list, expected)), rtol=5e-7, atol=0)
 
 
+@pytest.mark.parametrize("cutoff", [math.inf, 0.7])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_sums_of_what_a_threshold_leaves(dtype):
+def test_sums_of_what_a_threshold_leaves(dtype, cutoff):
     ws = [*layers(dtype), *layers(torch.float64, [(3, 5)])]
     _, threshold = some(sum(map(number_of_units, ws)))
-    found, eager = unit_kernels.unit_sums(ws, threshold), eager_unit_sums(ws, threshold)
+    found, eager = unit_kernels.unit_sums(ws, threshold, cutoff), eager_unit_sums(ws, threshold, cutoff)
     torch.testing.assert_close(torch.cat(found), torch.cat(eager), rtol=2e-6, atol=1e-6)
     for w, t, own in zip(ws, torch.split(threshold, [number_of_units(w) for w in ws]), found, strict=True):
         if w.ndim == 2 and w.numel():
-            left = (w.double().abs() - t.double().unsqueeze(1)).clamp(min=0)
+            m = w.double().abs()
+            left = torch.where(m < cutoff, (m - t.double().unsqueeze(1)).clamp(min=0), m)
             expected = torch.stack([left.sum(1), left.square().sum(1)], dim=1)
             torch.testing.assert_close(own, expected, rtol=2e-6, atol=1e-6)
 
@@ -113,12 +115,13 @@ def test_a_threshold_that_is_none_or_nan_leaves_weights_or_nan(threshold):
     assert w[[0, 2]].isfinite().all()
 
 
+@pytest.mark.parametrize("cutoff", [math.inf, 0.7])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_shrink_that_keeps_energy(dtype):
+def test_shrink_that_keeps_energy(dtype, cutoff):
     found, eager = layers(dtype), layers(dtype)
     gain, threshold = some(sum(map(number_of_units, found)))
     for ws, backend in ((found, "triton"), (eager, "eager")):
-        shrink_keeping_energy_(ws, unit_moments(ws), threshold, gain, backend=backend)
+        shrink_keeping_energy_(ws, unit_moments(ws), threshold, gain, cutoff=cutoff, backend=backend)
     rtol = 2e-6 if dtype is torch.float32 else torch.finfo(dtype).eps
     torch.testing.assert_close(found, eager, rtol=rtol, atol=1e-7)
 
@@ -269,7 +272,7 @@ def test_more_than_two_to_the_31_weights_by_index_arithmetic(length):
         pointers=first, table=torch.tensor([[far + 2], [-(far // options["ROWS"])]], device=DEVICE)
     )
     unit_kernels._unit_sum_kernel[(launch.programs,)](
-        *launch.place, launch.rows, *places, None, sums, ABOVE=False, **options
+        *launch.place, launch.rows, *places, None, math.inf, sums, ABOVE=False, **options
     )
     assert torch.equal(sums, expected)
     ((launch, each),) = unit_kernels._shrink_launches([w])
@@ -278,8 +281,9 @@ def test_more_than_two_to_the_31_weights_by_index_arithmetic(length):
     gain, threshold = torch.tensor([1.5, 0.5], device=DEVICE), torch.tensor([0.2, 0.1], device=DEVICE)
     expected = torch.stack([plain_shrink(row, g, t) for row, g, t in zip(w, (1.5, 0.5), (0.2, 0.1), strict=True)])
     unit_kernels._unit_shrink_kernel[(launch.programs,)](
-        *launch.place, launch.rows, *places, gain, threshold, None, EACH=each, STOCHASTIC=False, **launch.options
-    )
+        *launch.place, launch.rows, *places, gain, threshold, math.inf, None,
+        EACH=each, SPARES=False, STOCHASTIC=False, **launch.options,
+    )  # fmt: skip
     torch.testing.assert_close(w, expected)
 
 
@@ -298,8 +302,9 @@ def test_a_row_of_more_than_two_to_the_31_weights_by_index_arithmetic():
     gain, threshold = torch.tensor([1.5, 0.5], device=DEVICE), torch.tensor([0.2, 0.1], device=DEVICE)
     expected = torch.cat([plain_shrink(w[:border], 1.5, 0.2), plain_shrink(w[border:], 0.5, 0.1)])
     unit_kernels._unit_shrink_kernel[(launch.programs,)](
-        *launch.place, launch.rows, *places, gain, threshold, None, EACH=each, STOCHASTIC=False, **launch.options
-    )
+        *launch.place, launch.rows, *places, gain, threshold, math.inf, None,
+        EACH=each, SPARES=False, STOCHASTIC=False, **launch.options,
+    )  # fmt: skip
     torch.testing.assert_close(w, expected)
 
 

@@ -12,6 +12,7 @@ All give the same numbers up to rounding.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import lru_cache
 from importlib import import_module, util
@@ -65,14 +66,24 @@ class UnitImplementation(Protocol):
     A unit is an entry w[i] of a weight; those of all tensors follow each other.
     """
 
-    def unit_sums(self, parts: Sequence[Tensor], threshold: Tensor | None = None) -> list[Tensor]:
-        """Sum m = |w|, or max(|w| - threshold, 0), and m^2 over units, shape (units, 2) for each tensor, float64."""
+    def unit_sums(
+        self, parts: Sequence[Tensor], threshold: Tensor | None = None, cutoff: float = math.inf
+    ) -> list[Tensor]:
+        """Sum m and m^2 over units, shape (units, 2) for each tensor, float64.
+
+        m is |w|, or what a threshold leaves of it: max(|w| - threshold, 0) below the cutoff.
+        """
         ...
 
     def shrink_units_(
-        self, parts: Sequence[Tensor], gain: Tensor, threshold: Tensor, seed: int | Tensor | None
+        self,
+        parts: Sequence[Tensor],
+        gain: Tensor,
+        threshold: Tensor,
+        seed: int | Tensor | None,
+        cutoff: float = math.inf,
     ) -> None:
-        """Apply w[i] <- gain[i] * softshrink(w[i], threshold[i]) in place."""
+        """Apply w[i] <- gain[i] * softshrink(w[i], threshold[i]) in place, without the threshold from the cutoff on."""
         ...
 
 

@@ -9,6 +9,7 @@ docs/speed.md has the comparison.
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 import platform
 import shlex
@@ -39,6 +40,7 @@ PATIENCE = 120.0  # seconds for a compiler that takes two
 ROW = 1024  # weights, as in native.cpp
 BLOCK = 16 * ROW
 DTYPES = (torch.float32, torch.bfloat16)
+NO_CUTOFF = ctypes.c_float(math.inf)
 
 
 class Layers(ctypes.Structure):
@@ -69,7 +71,7 @@ def sums(parts: Sequence[Tensor]) -> Tensor:
     result = torch.zeros(len(parts), 2, dtype=torch.float64, device="cpu")
     for dtype, index in _by_dtype(parts).items():
         layers = [parts[i] for i in index]
-        result[index] = eager_sums(layers) if dtype is None else _call("wcr_sums", [layers], None)
+        result[index] = eager_sums(layers) if dtype is None else _call("wcr_sums", [layers], None, NO_CUTOFF)
     return result
 
 
@@ -81,13 +83,13 @@ def shrink_(parts: Sequence[Tensor], gain: Tensor, threshold: Tensor, seed: int 
             eager_shrink_(layers, gain[index], threshold[index], make_noise(layers, seed))
         else:
             _writes(layers)
-            _call("wcr_shrink", [layers], *_rounding(seed), gain[index].float(), threshold[index].float())
+            _call("wcr_shrink", [layers], *_rounding(seed), gain[index].float(), threshold[index].float(), NO_CUTOFF)
 
 
-def unit_sums(parts: Sequence[Tensor], threshold: Tensor | None = None) -> list[Tensor]:
+def unit_sums(parts: Sequence[Tensor], threshold: Tensor | None = None, cutoff: float = math.inf) -> list[Tensor]:
     """Sum m = |w| and m^2 over every unit w[i] of plain CPU tensors, shape (units, 2) for each, float64.
 
-    With a threshold for every unit m is what it leaves of |w|, max(|w| - threshold, 0).
+    With a threshold for every unit m is what it leaves of |w|: max(|w| - threshold, 0) below the cutoff.
     """
     sizes = [number_of_units(w) for w in parts]
     result: dict[int, Tensor] = {}
@@ -95,26 +97,35 @@ def unit_sums(parts: Sequence[Tensor], threshold: Tensor | None = None) -> list[
         layers, units = [parts[i] for i in index], [sizes[i] for i in index]
         bounds = None if threshold is None else of_layers(threshold, sizes, index)
         if dtype is None:
-            own = eager_unit_sums(layers, bounds)
+            own = eager_unit_sums(layers, bounds, cutoff)
         else:
             bounds = None if bounds is None else bounds.float().contiguous()
-            own = list(torch.split(_call("wcr_sums", [layers], bounds, units=units), units))
+            own = list(torch.split(_call("wcr_sums", [layers], bounds, ctypes.c_float(cutoff), units=units), units))
         result.update(zip(index, own, strict=True))
     return [result[i] for i in range(len(parts))]
 
 
-def shrink_units_(parts: Sequence[Tensor], gain: Tensor, threshold: Tensor, seed: int | Tensor | None) -> None:
-    """Apply w[i] <- gain[i] * softshrink(w[i], threshold[i]) in place to every unit of plain CPU tensors."""
+def shrink_units_(
+    parts: Sequence[Tensor],
+    gain: Tensor,
+    threshold: Tensor,
+    seed: int | Tensor | None,
+    cutoff: float = math.inf,
+) -> None:
+    """Apply w[i] <- gain[i] * softshrink(w[i], threshold[i]) in place to every unit of plain CPU tensors.
+
+    From the cutoff on without the threshold.
+    """
     sizes = [number_of_units(w) for w in parts]
     for dtype, index in _by_dtype(parts, _works_on_units).items():
         layers, units = [parts[i] for i in index], [sizes[i] for i in index]
         g, t = (of_layers(values, sizes, index) for values in (gain, threshold))
         if dtype is None:
-            eager_shrink_units_(layers, g, t, seed)
+            eager_shrink_units_(layers, g, t, seed, cutoff)
         else:
             _writes(layers)
             factors, bounds = (x.float().contiguous() for x in (g, t))
-            _call("wcr_shrink", [layers], *_rounding(seed), factors, bounds, units=units)
+            _call("wcr_shrink", [layers], *_rounding(seed), factors, bounds, ctypes.c_float(cutoff), units=units)
 
 
 def adamw_(

@@ -93,6 +93,8 @@ class Decoupled(OptimizerWrapper):
 
     SparsityTarget says which. Inside a graph of torch.compile they get their own.
     """
+    cutoff: float = math.inf
+    """Magnitude from which that one threshold spares weights; SparsityTarget sets it by what pruning will keep."""
     _outside_graphs: ClassVar[Callable[[Decoupled], None]]
 
     def __init__(
@@ -234,7 +236,9 @@ class Decoupled(OptimizerWrapper):
         for own, threshold in zip(every, torch.split(common, [len(own.threshold) for own in every]), strict=True):
             own_seed = _apart(seed, own.stream * STREAM + APART)
             lift = own.lift if isinstance(own.lift, Tensor) else torch.ones_like(threshold)
-            shrink_keeping_energy_(own.layers, own.moments, threshold, lift, seed=own_seed, backend=backend)
+            shrink_keeping_energy_(
+                own.layers, own.moments, threshold, lift, cutoff=self.cutoff, seed=own_seed, backend=backend
+            )
 
     def _regularized(self, group: Mapping[str, Any]) -> dict[torch.device, dict[int, Tensor]]:
         """Return the weights of a group that the penalty acts on, by device and by their place in the group."""

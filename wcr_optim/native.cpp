@@ -84,13 +84,13 @@ __attribute__((noinline)) void add_up(const float* w, int n, Sums& sums) {
 
 inline bool changes(float gain, float threshold) { return gain != 1.0f || threshold != 0.0f; }
 
-// A NaN passes, and so does an infinity.
-inline void shrink(float* w, int n, float gain, float threshold) {
+// The threshold spares weights from the cutoff on. A NaN passes, and so does an infinity.
+inline void shrink(float* w, int n, float gain, float threshold, float cutoff = INFINITY) {
   if (!changes(gain, threshold)) return;
   for (int i = 0; i < n; i++) {
     const float above = w[i] < -threshold ? -threshold : w[i];
     const float clamped = above > threshold ? threshold : above;
-    w[i] = (w[i] - clamped) * gain;
+    w[i] = (w[i] - (std::fabs(w[i]) >= cutoff ? 0 : clamped)) * gain;
   }
 }
 
@@ -267,9 +267,9 @@ void finish(const Layers& layers) {
   }
 }
 
-// With thresholds, those of the units, m is what they leave of |w|. A NaN stays one.
+// With thresholds, those of the units, m is what they leave of |w|, which is all of it from the cutoff on. A NaN stays one.
 template <class T>
-void sum_all(const Layers& layers, const float* thresholds) {
+void sum_all(const Layers& layers, const float* thresholds, float cutoff) {
   for_rows(layers, [&](const Row& row) {
     T* weights = weights_of<T>(layers, 0, row);
     float copy[ROW], left[ROW];
@@ -279,8 +279,8 @@ void sum_all(const Layers& layers, const float* thresholds) {
     for (int i = 0; i < row.n; i += row.length) {
       const float threshold = thresholds[row.unit + i / row.length];
       for (int j = i; j < i + row.length; j++) {
-        const float above = std::fabs(w[j]) - threshold;
-        left[j] = above < 0 ? 0 : above;
+        const float m = std::fabs(w[j]), above = m - threshold;
+        left[j] = m >= cutoff ? m : above < 0 ? 0 : above;
       }
     }
     add_up(left, row);
@@ -290,7 +290,8 @@ void sum_all(const Layers& layers, const float* thresholds) {
 
 // Gains and thresholds are those of the units.
 template <class T>
-void shrink_all(const Layers& layers, const float* gains, const float* thresholds, const Rounding& rounding) {
+void shrink_all(const Layers& layers, const float* gains, const float* thresholds, float cutoff,
+                const Rounding& rounding) {
   for_rows(layers, [&](const Row& row) {
     const float *gain = gains + row.unit, *threshold = thresholds + row.unit;
     const int units = row.n / row.length;
@@ -301,7 +302,8 @@ void shrink_all(const Layers& layers, const float* gains, const float* threshold
     float copy[ROW];
     prefetch(weights, row.n);
     float* w = open(weights, copy, row.n);
-    for (int unit = 0; unit < units; unit++) shrink(w + unit * row.length, row.length, gain[unit], threshold[unit]);
+    for (int unit = 0; unit < units; unit++)
+      shrink(w + unit * row.length, row.length, gain[unit], threshold[unit], cutoff);
     round_row(weights, w, row.n, rounding, rounding.key(row.layer, row.start));
     close(weights, w, row.n);
   });
@@ -344,14 +346,15 @@ void update_all(const Layers& layers, const float* coefficients, const Update& u
 
 extern "C" {
 
-void wcr_sums(const Layers* layers, const float* thresholds) {
-  layers->narrow ? sum_all<bfloat16>(*layers, thresholds) : sum_all<float>(*layers, thresholds);
+void wcr_sums(const Layers* layers, const float* thresholds, float cutoff) {
+  layers->narrow ? sum_all<bfloat16>(*layers, thresholds, cutoff) : sum_all<float>(*layers, thresholds, cutoff);
 }
 
-void wcr_shrink(const Layers* layers, int stochastic, uint64_t seed, const float* gains, const float* thresholds) {
+void wcr_shrink(const Layers* layers, int stochastic, uint64_t seed, const float* gains, const float* thresholds,
+                float cutoff) {
   const Rounding rounding{stochastic != 0, seed};
-  layers->narrow ? shrink_all<bfloat16>(*layers, gains, thresholds, rounding)
-                 : shrink_all<float>(*layers, gains, thresholds, rounding);
+  layers->narrow ? shrink_all<bfloat16>(*layers, gains, thresholds, cutoff, rounding)
+                 : shrink_all<float>(*layers, gains, thresholds, cutoff, rounding);
 }
 
 void wcr_adamw(const Layers* layers, int stochastic, uint64_t seed, const float* coefficients, const float* constants) {

@@ -27,7 +27,7 @@ _BUCKETS = 2 ** (31 - _DROPPED_BITS)
 _INFINITE = 0x7F80_0000 >> _DROPPED_BITS  # the first bucket that holds no finite number
 
 
-def tail_energies(sets: Sequence[Sequence[Tensor]], sparsity: float) -> Tensor:
+def tails(sets: Sequence[Sequence[Tensor]], sparsity: float) -> Tensor:
     """Measure the energy (sum of squares) that pruning by magnitude would take from each of several sets of weights.
 
     Nothing here waits for a CUDA device; what is returned has to be copied by whoever reads it.
@@ -38,8 +38,9 @@ def tail_energies(sets: Sequence[Sequence[Tensor]], sparsity: float) -> Tensor:
         sparsity: Share of each set that is pruned, in [0, 1].
 
     Returns:
-        The energies of the pruned weights and of all weights, shape (sets, 2), in units of a weight squared, on the
-        device of the first weight; not finite for a set that holds NaN or infinity.
+        The energies of the pruned weights and of all weights, in units of a weight squared, and the magnitude below
+        which weights are pruned, shape (sets, 3), on the device of the first weight; the energies are not finite for
+        a set that holds NaN or infinity.
 
     """
     owners, rows, examples = [], [], []
@@ -55,7 +56,7 @@ def tail_energies(sets: Sequence[Sequence[Tensor]], sparsity: float) -> Tensor:
     rows_of_all = sum_over_shards(torch.stack([row.to(device) for row in rows]), examples)
     counts = torch.zeros(len(sets), _BUCKETS, dtype=torch.int64, device=device)
     counts.index_add_(0, upload(tuple(owners), torch.int64, device), rows_of_all)
-    return _energies(counts.to(accumulator(device)), sparsity)
+    return _tails(counts.to(accumulator(device)), sparsity)
 
 
 def _by_layout(tensors: Sequence[Tensor]) -> dict[Any, list[Tensor]]:
@@ -79,21 +80,29 @@ def _count(weights: Tensor, counts: Tensor) -> None:
             )
 
 
-def _energies(counts: Tensor, sparsity: float) -> Tensor:
+def _tails(counts: Tensor, sparsity: float) -> Tensor:
     """Sum energy over buckets, taking the weights of one bucket as spread evenly over it."""
     below = counts.cumsum(1)
-    pruned = ((sparsity * below[:, -1:]).round() - (below - counts)).clamp(min=0).minimum(counts)
-    squares = keep("mean squares of buckets", counts.device, lambda: _mean_squares().to(counts.dtype))
+    wanted = (sparsity * below[:, -1:]).round()
+    pruned = (wanted - (below - counts)).clamp(min=0).minimum(counts)
+    edges, squares = keep("buckets", counts.device, lambda: _buckets().to(counts.dtype)).unbind()
     energies = [torch.where(n > 0, n * squares, 0.0).sum(1) for n in (pruned, counts)]
-    return torch.stack(energies, dim=1)
+    last = (below < wanted).sum(1, keepdim=True).clamp(max=_BUCKETS - 2)  # the bucket that is pruned in part
+    low, high = edges[last], edges[last + 1]
+    share = pruned.gather(1, last) / counts.gather(1, last).clamp(min=1)
+    return torch.stack([*energies, (low + share * (high - low)).squeeze(1)], dim=1)
 
 
-def _mean_squares() -> Tensor:
-    """Return the mean square of magnitudes spread evenly over each bucket, infinity beyond the finite ones."""
+def _buckets() -> Tensor:
+    """Return every bucket's lower edge and the mean square of magnitudes spread evenly over it, shape (2, buckets).
+
+    Both are infinite beyond the finite numbers.
+    """
     bits = np.arange(_INFINITE + 1, dtype=np.int32) << _DROPPED_BITS
     edges = bits.view(np.float32).astype(np.float64)
     edges[-1] = 2.0**128
     low, high = edges[:-1], edges[1:]
-    squares = np.full(_BUCKETS, np.inf)
-    squares[:_INFINITE] = (low * low + low * high + high * high) / 3
-    return torch.from_numpy(squares)
+    buckets = np.full((2, _BUCKETS), np.inf)
+    buckets[0, : _INFINITE + 1] = edges
+    buckets[1, :_INFINITE] = (low * low + low * high + high * high) / 3
+    return torch.from_numpy(buckets)

@@ -20,7 +20,7 @@ from wcr_optim.lr_compensation import LrCompensation, follows_the_gradient, usua
 from wcr_optim.moments import Moments, accumulator, moments
 from wcr_optim.penalties import InverseVariance, Penalty, PerUnit
 from wcr_optim.strength import Strengths, check_total_steps
-from wcr_optim.tail import tail_energies
+from wcr_optim.tail import tails
 from wcr_optim.trend import LossTrend
 from wcr_optim.uploads import upload
 
@@ -43,6 +43,7 @@ RECOVERY = 1.1  # of a ceiling, from one measurement to the next at which the lo
 DEAD = 1e-4  # of its energy at the start: a layer that the penalty has all but taken away
 USELESS = 1.01  # a larger step that raises the thresholds by less than this has no effect left to give
 NORMALIZED_TAIL, PLAIN_TAIL = 3e-3, 1e-3  # goals around Adam, which moves what shall stay small as well, and around SGD
+SPARED = 2.0  # times the magnitude below which weights will be pruned: from there on one threshold spares them
 RECENT = 3  # measurements since which the smoothed loss shall have fallen
 
 
@@ -67,12 +68,14 @@ class _Measurement(NamedTuple):
 
     Attributes:
         energies: Pruned and total energy of each loop.
+        threshold: Magnitude below which the weights of the first loop are pruned.
         layers: Moments of each loop's layers.
         loss: Mean loss since the measurement before.
         seen_invariant: Whether the loss does not see the size of a layer's units, as the last step that looked saw it.
     """
 
     energies: list[tuple[float, float]]
+    threshold: float
     layers: list[Moments]
     loss: float
     seen_invariant: dict[Place, bool]
@@ -126,7 +129,8 @@ class SparsityTarget:
     beside the rest of their layer that pruning takes them whole: with form="per_unit", the step after a measurement
     enlarges those that hold less than a quarter of the mean unit's energy, by a tenth at most. It knows them by their
     gradient, see `invariance.invariant_units`. From the next measurement on, all units of such layers get one
-    threshold, unless around SGD or with scope="layer", see `invariance.one_threshold`.
+    threshold, unless around SGD or with scope="layer", see `invariance.one_threshold`, and it spares weights that
+    pruning will keep: those of twice the magnitude below which it would prune now.
 
     It does not kill the network: the strength stops rising where more of it would do nothing (a form that saturates),
     where the penalty would take a layer's energy away or has done so (l1), and where the smoothed training loss rises
@@ -216,6 +220,7 @@ class SparsityTarget:
         driven_together = scope == "global" and isinstance(self._penalty, PerUnit)
         self._one_threshold = driven_together and not follows_the_gradient(base)
         base.scale_invariant = base.seen_invariant = ()  # what another object before this one said
+        base.cutoff = math.inf
         self.steps = 0
         self.last_tail = math.nan
         self.history: list[list[float]] = []
@@ -290,6 +295,7 @@ class SparsityTarget:
             "first_energy": [list(pair) for pair in self._first_energy.items()],
             **self._lr_compensation.state_dict(),
             "scale_invariant": [list(place) for place in base.scale_invariant],
+            "cutoff": base.cutoff,
             "seen_invariant": [
                 [*place, bool(hidden)]
                 for places, flags in base.seen_invariant
@@ -325,6 +331,7 @@ class SparsityTarget:
         known, seen = (state_dict.get(key, ()) for key in ("scale_invariant", "seen_invariant"))  # since this version
         base.scale_invariant = [(group, place) for group, place in known]
         base.seen_invariant = [([(group, place)], torch.tensor([invariant])) for group, place, invariant in seen]
+        base.cutoff = state_dict.get("cutoff", math.inf)
         self._ask_for_lifts()
 
     def _find_loops(self) -> None:
@@ -391,6 +398,8 @@ class SparsityTarget:
         if measured.seen_invariant:
             seen = measured.seen_invariant.items()
             self._strengths.decoupled.scale_invariant = [place for place, invariant in seen if invariant]
+        if self._one_threshold and math.isfinite(measured.energies[0][1]):
+            self._strengths.decoupled.cutoff = SPARED * measured.threshold
         self._strengths.decoupled.seen_invariant = ()
         cost = self._loss.update(measured.loss)
         well = not cost > self._loss.allowed(self.max_dense_cost) / 2  # NaN where no loss was given
@@ -512,26 +521,26 @@ class SparsityTarget:
             raise ValueError("the driven groups hold no weights that could be pruned; check requires_grad and min_ndim")
         device = local(every[0]).device
         found = _moments(every, device)
-        energies = tail_energies([s for s in sets if s], self.sparsity).to(device, found.dtype)
+        measured = tails([s for s in sets if s], self.sparsity).to(device, found.dtype)
         loss = self._loss.window(device, found.dtype)
         seen_invariant = self._strengths.decoupled.seen_invariant if self._one_threshold else ()
         flags = [of_step.to(device, found.dtype) for _, of_step in seen_invariant]
-        together = torch.cat([loss.reshape(1), energies.flatten(), found.flatten(), *flags]).cpu().double()
+        together = torch.cat([loss.reshape(1), measured.flatten(), found.flatten(), *flags]).cpu().double()
         numbers, seen = together.tensor_split([len(together) - sum(map(len, flags))])
-        pairs = numbers[1 : 1 + energies.numel()].view(-1, 2)
-        n, mu, q = numbers[1 + energies.numel() :].view(3, -1)
+        of_sets = numbers[1 : 1 + measured.numel()].view(-1, 3)
+        n, mu, q = numbers[1 + measured.numel() :].view(3, -1)
         of_loops, of_layers, first, first_set = [], [], 0, 0
         for named in layers:
             count = len(named)
             members = count if self.scope == "layer" else min(count, 1)
-            summed = pairs[first_set : first_set + members].sum(0)
+            summed = of_sets[first_set : first_set + members].sum(0)
             of_loops.append((float(summed[0]), float(summed[1])))
             span = slice(first, first + count)
             of_layers.append(Moments(n[span], mu[span], q[span]))
             first, first_set = first + count, first_set + members
         places = [place for of_step, _ in seen_invariant for place in of_step]
         hidden = dict(zip(places, seen.bool().tolist(), strict=True))
-        return _Measurement(of_loops, of_layers, float(numbers[0]), hidden)
+        return _Measurement(of_loops, float(of_sets[0, 2]), of_layers, float(numbers[0]), hidden)
 
     def _warn_if_missed(self) -> None:
         measured = [loop for loop in self._loops if not math.isnan(loop.tail)] or self._loops

@@ -9,6 +9,7 @@ layers' shrink does, whatever the rows, and looks up what belongs to each weight
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
@@ -54,13 +55,13 @@ LOAD = 16  # bytes of weights that a thread takes side by side
 
 @triton.jit(do_not_specialize=["layers"])
 def _unit_sum_kernel(
-    pointers, table, layers, layer_of, rows, lengths, firsts, thresholds, sums,
+    pointers, table, layers, layer_of, rows, lengths, firsts, thresholds, cutoff, sums,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, ABOVE: tl.constexpr,
     DTYPE: tl.constexpr, ALIGNED: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Sum the rows of a layer, ROWS to a program, in tiles of BLOCK weights, COLUMNS wide.
 
-    Where ABOVE, m is what the row's threshold leaves of |w|.
+    Where ABOVE, m is what the row's threshold leaves of |w|, which is all of it from the cutoff on.
     """
     HEIGHT: tl.constexpr = BLOCK // COLUMNS
     layer, start, n = where(table, layers, layer_of, ROWS)
@@ -72,7 +73,7 @@ def _unit_sum_kernel(
     for tile in range(0, left(start, n, ROWS), HEIGHT):
         unit = start + tile + tl.arange(0, HEIGHT)
         bound = tl.load(thresholds + first + unit, mask=unit < n, other=0.0).to(tl.float32) if ABOVE else 0.0
-        magnitude, square = _tile_sums(w, unit, n, length, bound, ABOVE, CHUNK, COLUMNS, HEIGHT)
+        magnitude, square = _tile_sums(w, unit, n, length, bound, cutoff, ABOVE, CHUNK, COLUMNS, HEIGHT)
         at = sums + 2 * (first + unit)
         tl.store(at, magnitude, mask=unit < n)
         tl.store(at + 1, square, mask=unit < n)
@@ -80,7 +81,8 @@ def _unit_sum_kernel(
 
 @triton.jit
 def _tile_sums(
-    w, unit, n, length, bound, ABOVE: tl.constexpr, STRETCH: tl.constexpr, COLUMNS: tl.constexpr, HEIGHT: tl.constexpr
+    w, unit, n, length, bound, cutoff,
+    ABOVE: tl.constexpr, STRETCH: tl.constexpr, COLUMNS: tl.constexpr, HEIGHT: tl.constexpr,
 ):  # fmt: skip
     """Sum m and m^2 over whole rows, in float32 over STRETCH weights, in float64 from there on."""
     magnitude = tl.zeros((HEIGHT,), tl.float64)
@@ -95,7 +97,8 @@ def _tile_sums(
         for column in range(begin, tl.minimum(begin + STRETCH, length), COLUMNS):
             m = tl.abs(following.to(tl.float32))
             if ABOVE:
-                m = tl.maximum(m - bound[:, None], 0.0, propagate_nan=tl.PropagateNan.ALL)
+                above = tl.maximum(m - bound[:, None], 0.0, propagate_nan=tl.PropagateNan.ALL)
+                m = tl.where(m >= cutoff, m, above)
             ahead = columns + (column + COLUMNS)
             following = tl.load(at + ahead, mask=here & (ahead < length), other=0.0)
             magnitudes += m
@@ -107,8 +110,9 @@ def _tile_sums(
 
 @triton.jit(do_not_specialize=["layers"])
 def _unit_shrink_kernel(
-    pointers, table, layers, layer_of, rows, lengths, firsts, gains, thresholds, seed, EACH: tl.constexpr,
-    DTYPE: tl.constexpr, ALIGNED: tl.constexpr, STOCHASTIC: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+    pointers, table, layers, layer_of, rows, lengths, firsts, gains, thresholds, cutoff, seed,
+    EACH: tl.constexpr, SPARES: tl.constexpr, DTYPE: tl.constexpr, ALIGNED: tl.constexpr, STOCHASTIC: tl.constexpr,
+    CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     layer, start, n = where(table, layers, layer_of, CHUNK)
     row = tl.load(rows + layer)
@@ -124,13 +128,17 @@ def _unit_shrink_kernel(
                 to = start + (block + BLOCK)
                 w1, gain1, threshold1 = _unit_reads(w, to, n, length, gains, thresholds, EACH, True, BLOCK)
             _unit_shrink_block(
-                w, start + block, n, before, gain, threshold, number, row, EACH, True, DTYPE, STOCHASTIC, BLOCK
-            )
+                w, start + block, n, before, gain, threshold, cutoff, number, row,
+                EACH, SPARES, True, DTYPE, STOCHASTIC, BLOCK,
+            )  # fmt: skip
     else:
         for block in range(0, left(start, n, CHUNK), BLOCK):
             to = start + block
             before, gain, threshold = _unit_reads(w, to, n, length, gains, thresholds, EACH, False, BLOCK)
-            _unit_shrink_block(w, to, n, before, gain, threshold, number, row, EACH, False, DTYPE, STOCHASTIC, BLOCK)
+            _unit_shrink_block(
+                w, to, n, before, gain, threshold, cutoff, number, row,
+                EACH, SPARES, False, DTYPE, STOCHASTIC, BLOCK,
+            )  # fmt: skip
 
 
 @triton.jit
@@ -149,12 +157,15 @@ def _unit_reads(
 
 @triton.jit
 def _unit_shrink_block(
-    w, start, n, before, gain, threshold, seed, layer,
-    EACH: tl.constexpr, WHOLE: tl.constexpr, DTYPE: tl.constexpr, STOCHASTIC: tl.constexpr, BLOCK: tl.constexpr,
+    w, start, n, before, gain, threshold, cutoff, seed, layer,
+    EACH: tl.constexpr, SPARES: tl.constexpr, WHOLE: tl.constexpr, DTYPE: tl.constexpr, STOCHASTIC: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     before = before.to(tl.float32)
     gain, threshold = _of_each(gain.to(tl.float32), EACH, BLOCK), _of_each(threshold.to(tl.float32), EACH, BLOCK)
     x = shrunk(before, gain, threshold)
+    if SPARES:
+        x = tl.where(tl.abs(before) >= cutoff, before * gain, x)
     if DTYPE != tl.float32:
         x = rounded(x, before, seed, layer, start, DTYPE, STOCHASTIC, BLOCK)
     x = tl.where((gain != 1.0) | (threshold != 0.0), x, before)  # for the sign of zeros, which the shrink loses
@@ -185,10 +196,10 @@ def _unit_of(start, length, EACH: tl.constexpr, BLOCK: tl.constexpr):
 # --- launches --------------------------------------------------------------------------------------------------------
 
 
-def unit_sums(parts: Sequence[Tensor], threshold: Tensor | None = None) -> list[Tensor]:
+def unit_sums(parts: Sequence[Tensor], threshold: Tensor | None = None, cutoff: float = math.inf) -> list[Tensor]:
     """Sum m = |w| and m^2 over every unit w[i] of plain tensors on one device, shape (units, 2) for each, float64.
 
-    With a threshold for every unit m is what it leaves of |w|, max(|w| - threshold, 0).
+    With a threshold for every unit m is what it leaves of |w|: max(|w| - threshold, 0) below the cutoff.
     """
     device = parts[0].device
     units = [number_of_units(w) for w in parts]
@@ -201,7 +212,7 @@ def unit_sums(parts: Sequence[Tensor], threshold: Tensor | None = None) -> list[
     with on(device):
         for launch, options in _sum_launches(memory):
             _unit_sum_kernel[(launch.programs,)](
-                *launch.place, launch.rows, *places, bounds, result, ABOVE=bounds is not None, **options
+                *launch.place, launch.rows, *places, bounds, cutoff, result, ABOVE=bounds is not None, **options
             )
     sums = list(torch.split(result, units))
     long = [i for i, w in enumerate(memory) if _is_long(w)]
@@ -214,13 +225,22 @@ def unit_sums(parts: Sequence[Tensor], threshold: Tensor | None = None) -> list[
             sums[i] = own
     if rest:
         own_bounds = None if threshold is None else of_layers(threshold, units, rest)
-        for i, own in zip(rest, eager_unit_sums([parts[i] for i in rest], own_bounds), strict=True):
+        for i, own in zip(rest, eager_unit_sums([parts[i] for i in rest], own_bounds, cutoff), strict=True):
             sums[i] = own
     return sums
 
 
-def shrink_units_(parts: Sequence[Tensor], gain: Tensor, threshold: Tensor, seed: int | Tensor | None) -> None:
-    """Apply w[i] <- gain[i] * softshrink(w[i], threshold[i]) in place to every unit of plain tensors on one device."""
+def shrink_units_(
+    parts: Sequence[Tensor],
+    gain: Tensor,
+    threshold: Tensor,
+    seed: int | Tensor | None,
+    cutoff: float = math.inf,
+) -> None:
+    """Apply w[i] <- gain[i] * softshrink(w[i], threshold[i]) in place to every unit of plain tensors on one device.
+
+    From the cutoff on without the threshold.
+    """
     device = parts[0].device
     units = [number_of_units(w) for w in parts]
     if not len(gain) == len(threshold) == sum(units):  # or the kernel would read what lies behind them
@@ -228,7 +248,7 @@ def shrink_units_(parts: Sequence[Tensor], gain: Tensor, threshold: Tensor, seed
     rest = [i for i, w in enumerate(parts) if not fuses(w)]
     if rest:
         own_gain, own_threshold = (of_layers(values, units, rest) for values in (gain, threshold))
-        eager_shrink_units_([parts[i] for i in rest], own_gain, own_threshold, seed)
+        eager_shrink_units_([parts[i] for i in rest], own_gain, own_threshold, seed, cutoff)
     gains, thresholds = gain.contiguous(), threshold.contiguous()
     memory = [_in_rows(w) for w in parts]
     places = _places(memory, units)
@@ -237,8 +257,8 @@ def shrink_units_(parts: Sequence[Tensor], gain: Tensor, threshold: Tensor, seed
         for launch, each in _shrink_launches(memory):
             options = launch.options | {"BLOCK": SHRINK_BLOCK}
             _unit_shrink_kernel[(launch.programs,)](
-                *launch.place, launch.rows, *places, gains, thresholds, live_seed, EACH=each,
-                STOCHASTIC=seed is not None and launch.dtype in NARROW, **options,
+                *launch.place, launch.rows, *places, gains, thresholds, cutoff, live_seed, EACH=each,
+                SPARES=cutoff < math.inf, STOCHASTIC=seed is not None and launch.dtype in NARROW, **options,
             )  # fmt: skip
     for w, changed in zip(parts, memory, strict=True):
         if changed is not w:

@@ -47,17 +47,19 @@ def unit_moments(layers: Sequence[Tensor], *, backend: str = "eager") -> Moments
     """
     n = _lengths(layers)
     divisor = n if all(local(w).numel() for w in layers) else n.clamp(min=1)
-    mu, q = (_unit_sums(layers, None, backend) / divisor.unsqueeze(1)).unbind(1)
+    mu, q = (_unit_sums(layers, backend) / divisor.unsqueeze(1)).unbind(1)
     return Moments(n, mu, q)
 
 
-def _unit_sums(layers: Sequence[Tensor], threshold: Tensor | None, backend: str) -> Tensor:
-    """Sum m = |w|, or max(|w| - threshold, 0), and m^2 over rows, all ranks' parts of them, shape (rows, 2)."""
+def _unit_sums(
+    layers: Sequence[Tensor], backend: str, threshold: Tensor | None = None, cutoff: float = math.inf
+) -> Tensor:
+    """Sum m = |w|, or what a threshold leaves of it, and m^2 over rows, all ranks' parts of them, shape (rows, 2)."""
     parts = [local(w) for w in layers]
     if backend == "eager" or torch.compiler.is_compiling():
-        sums = eager_unit_sums(parts, threshold)
+        sums = eager_unit_sums(parts, threshold, cutoff)
     else:
-        sums = backends.unit_implementation(backend).unit_sums(parts, threshold)
+        sums = backends.unit_implementation(backend).unit_sums(parts, threshold, cutoff)
     return torch.cat(add_over_ranks(sums, layers))
 
 
@@ -67,6 +69,7 @@ def shrink_units_(
     gain: Tensor,
     threshold: Tensor,
     *,
+    cutoff: float = math.inf,
     seed: int | Tensor | None = None,
     backend: str = "eager",
 ) -> None:
@@ -76,6 +79,7 @@ def shrink_units_(
         layers: Weights as for `unit_moments`; a DTensor's local part is written.
         gain: Factors, shape (rows,), in the order of `unit_moments`.
         threshold: Thresholds, shape (rows,), in units of a weight, not negative.
+        cutoff: Magnitude from which weights are spared by the threshold: gain[i] * w[i] there (default: infinity).
         seed: Rounds bfloat16 and float16 weights stochastically, reproducibly for equal seeds; None rounds them to
             nearest (default: None). A tensor on their device is read there, by the "triton" backend without waiting.
         backend: As for `unit_moments`; each draws random bits of its own (default: "eager").
@@ -83,9 +87,9 @@ def shrink_units_(
     """
     parts = [local(w) for w in layers]
     if backend == "eager" or torch.compiler.is_compiling():
-        eager_shrink_units_(parts, gain, threshold, seed)
+        eager_shrink_units_(parts, gain, threshold, seed, cutoff)
     else:
-        backends.unit_implementation(backend).shrink_units_(parts, gain, threshold, seed)
+        backends.unit_implementation(backend).shrink_units_(parts, gain, threshold, seed, cutoff)
 
 
 @torch.no_grad()
@@ -95,12 +99,13 @@ def shrink_keeping_energy_(
     threshold: Tensor,
     lift: Tensor,
     *,
+    cutoff: float = math.inf,
     seed: int | Tensor | None = None,
     backend: str = "eager",
 ) -> None:
     """Shrink every row in place, however many weights that takes, and give it the energy back that it had.
 
-        w[i] <- lift[i] min(|w[i]| / |x|, 1.1) x,    x = softshrink(w[i], threshold[i])
+        w[i] <- lift[i] min(|w[i]| / |x|, 1.1) x,    x = softshrink(w[i], threshold[i]) where |w[i]| < cutoff, else w[i]
 
     The closed form of the flows knows the energy beforehand, but only while no weight reaches zero. Eager does this in
     one pass, unless a row lies on several ranks; elsewhere one that reads measures what will be left.
@@ -110,17 +115,18 @@ def shrink_keeping_energy_(
         units: Their `unit_moments`.
         threshold: Thresholds, shape (rows,), in units of a weight, not negative. A row with 0 keeps its weights.
         lift: Factors, shape (rows,).
+        cutoff: Magnitude from which weights are spared by the threshold (default: infinity).
         seed: As for `shrink_units_` (default: None).
         backend: As for `shrink_units_` (default: "eager").
 
     """
     if backend == "eager" and not any(map(_cut_by, layers)):
-        eager_shrink_units_([local(w) for w in layers], lift, threshold, seed, energy=units.n * units.q)
+        eager_shrink_units_([local(w) for w in layers], lift, threshold, seed, cutoff, energy=units.n * units.q)
         return
-    left = _unit_sums(layers, threshold, backend)[:, 1]
+    left = _unit_sums(layers, backend, threshold, cutoff)[:, 1]
     # 1 without a threshold, whatever rounding makes of the sums, and NaN where it is NaN, which would leave zeros.
     gain = torch.where(threshold > 0, _gain(units.n * units.q, left), 1.0 + threshold)
-    shrink_units_(layers, gain * lift, threshold, seed=seed, backend=backend)
+    shrink_units_(layers, gain * lift, threshold, cutoff=cutoff, seed=seed, backend=backend)
 
 
 def _gain(before: Tensor, left: Tensor) -> Tensor:
@@ -168,14 +174,14 @@ def of_layers(values: Tensor, units: Sequence[int], index: Sequence[int]) -> Ten
     return values if len(index) == len(units) else torch.cat([parts[i] for i in index])
 
 
-def eager_unit_sums(parts: Sequence[Tensor], threshold: Tensor | None = None) -> list[Tensor]:
+def eager_unit_sums(parts: Sequence[Tensor], threshold: Tensor | None = None, cutoff: float = math.inf) -> list[Tensor]:
     """Sum m = |w| and m^2 over every row of plain tensors with torch's own kernels, shape (rows, 2) for each.
 
-    With a threshold for every row m is what it leaves of |w|, max(|w| - threshold, 0).
+    With a threshold for every row m is what it leaves of |w|: max(|w| - threshold, 0) below the cutoff.
     """
     rows = [rows_of(w) for w in parts]
     bounds = [None] * len(rows) if threshold is None else torch.split(threshold, [len(w) for w in rows])
-    return [_sums(w, t) if w.numel() else _no_sums(w) for w, t in zip(rows, bounds, strict=True)]
+    return [_sums(w, t, cutoff) if w.numel() else _no_sums(w) for w, t in zip(rows, bounds, strict=True)]
 
 
 def eager_shrink_units_(
@@ -183,6 +189,7 @@ def eager_shrink_units_(
     gain: Tensor,
     threshold: Tensor,
     seed: int | Tensor | None,
+    cutoff: float = math.inf,
     energy: Tensor | None = None,
 ) -> None:
     """`shrink_units_` of plain tensors with torch's own kernels; `shrink_keeping_energy_` where rows have an energy."""
@@ -201,6 +208,8 @@ def eager_shrink_units_(
             # Not clamp(x, -t, t), as torch's is slow where the bounds are tensors.
             within = torch.maximum(x, -bound)
             torch.minimum(within, bound, out=within)
+            if cutoff < math.inf:
+                within.masked_fill_(x.abs() >= cutoff, 0.0)
             x.sub_(within)
             if before is not None and piece.numel():
                 factor = _gain(before[here], _sums(x)[:, 1]) * factor
@@ -225,7 +234,7 @@ def _rows_at_once(rows: Tensor) -> int:
     return max(1, chunk // max(1, math.prod(rows.shape[1:])))
 
 
-def _sums(rows: Tensor, threshold: Tensor | None = None) -> Tensor:
+def _sums(rows: Tensor, threshold: Tensor | None = None, cutoff: float = math.inf) -> Tensor:
     """Sum m = |w|, or what a threshold leaves of it, and m^2 over each row, shape (rows, 2).
 
     By way of m - mean(m): its sums may run in the weights' own precision, since V = q - mu^2 then cancels nothing.
@@ -234,8 +243,9 @@ def _sums(rows: Tensor, threshold: Tensor | None = None) -> Tensor:
     for start, piece in enumerate(split_rows(rows)):
         m = piece.to(compute_dtype(piece)).flatten(1).abs()
         if threshold is not None:
-            bound = threshold[start * at_once : start * at_once + len(piece)]
-            m = m.sub_(bound.to(m.dtype).unsqueeze(1)).clamp_(min=0)
+            bound = threshold[start * at_once : start * at_once + len(piece)].to(m.dtype).unsqueeze(1)
+            spared = m >= cutoff
+            m = torch.where(spared, m, (m - bound).clamp_(min=0))
         centre = m.mean(1)
         deviation = m.sub_(centre.unsqueeze(1)).sum(1)
         columns.append((centre, deviation, m.square_().sum(1)))

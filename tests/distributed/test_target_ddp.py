@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from wcr_optim import WCR, SparsityTarget, compiled
 from wcr_optim.invariance import invariant_units, one_threshold
 from wcr_optim.penalties import PerUnit
-from wcr_optim.tail import tail_energies
+from wcr_optim.tail import tails
 from wcr_optim.units import shrink_units_, unit_moments
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch was built without torch.distributed")
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch was built
 def _counts_add_up(rank):
     mesh, plane = init_device_mesh("cpu", (4,)), init_device_mesh("cpu", (2, 2))
     a, b = torch.randn(31, 17), torch.randn(64).pow(3)
-    whole = tail_energies([[a, b]], 0.9)
+    whole = tails([[a, b]], 0.9)
     layouts = [
         [distribute_tensor(a, mesh, [Shard(0)]), distribute_tensor(b, mesh, [Shard(0)])],
         [distribute_tensor(a, mesh, [Replicate()]), distribute_tensor(b, mesh, [Shard(0)])],
@@ -30,9 +30,9 @@ def _counts_add_up(rank):
         [distribute_tensor(a, plane, [Shard(0), Shard(1)]), b],
     ]
     for tensors in layouts:
-        torch.testing.assert_close(tail_energies([tensors], 0.9), whole, rtol=0, atol=0)
-        apart = torch.cat([tail_energies([[a], [b]], 0.9)])
-        torch.testing.assert_close(tail_energies([[w] for w in tensors], 0.9), apart, rtol=0, atol=0)
+        torch.testing.assert_close(tails([tensors], 0.9), whole, rtol=0, atol=0)
+        apart = torch.cat([tails([[a], [b]], 0.9)])
+        torch.testing.assert_close(tails([[w] for w in tensors], 0.9), apart, rtol=0, atol=0)
 
 
 def test_counts_of_shards_add_up():
@@ -170,7 +170,7 @@ def _alike(rank):
     for net, size in ((whole, 1), (sharded, 2)):
         matrices = [p for p in net.parameters() if p.ndim > 1]
         optimizer = WCR(torch.optim.AdamW([{"params": matrices}], lr=1e-2), 0.02, form="per_unit")
-        optimizer.scale_invariant = [(0, 0), (0, 1)]
+        optimizer.scale_invariant, optimizer.cutoff = [(0, 0), (0, 1)], 0.2
         for step in range(5):
             x, y = (part.tensor_split(size)[rank % size] for part in small_batch(step, torch.float64))
             optimizer.zero_grad()
