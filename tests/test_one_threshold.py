@@ -94,6 +94,7 @@ class TestShrink:
             torch.randn(6, 40, dtype=dtype),
             torch.randn(5, 3, 3, 3, dtype=dtype).to(memory_format=torch.channels_last),
         ]
+        layers[0][:, ::5] = 1.0  # at a cutoff
         before = [w.clone() for w in layers]
         units = unit_moments(layers)
         threshold, lift = (
@@ -120,10 +121,13 @@ class TestShrink:
         assert w[2, 5] == torch.inf
 
     @pytest.mark.parametrize("backend", ["eager", pytest.param("compiled", marks=needs_compiler)])
-    def test_a_threshold_of_nan_does_not_pass_for_one_that_takes_all(self, backend):
+    @pytest.mark.parametrize("cutoff", [math.inf, 0.5])
+    def test_a_threshold_of_nan_does_not_pass_for_one_that_takes_all(self, cutoff, backend):
         w = torch.randn(2, 40)
         thresholds = torch.tensor([0.1, torch.nan], dtype=torch.float64)
-        shrink_keeping_energy_([w], unit_moments([w]), thresholds, torch.ones_like(thresholds), backend=backend)
+        shrink_keeping_energy_(
+            [w], unit_moments([w]), thresholds, torch.ones_like(thresholds), cutoff=cutoff, backend=backend
+        )
         assert w[0].isfinite().all()
         assert w[1].isnan().all()
 
@@ -214,6 +218,7 @@ class TestInATarget:
         for step in range(steps):
             train(net, optimizer, 1, target, first=step)
             seen.append(sorted(optimizer.scale_invariant))
+        assert (optimizer.cutoff < math.inf) == target._one_threshold
         return seen
 
     def test_layers_are_alike_from_the_measurement_after_they_were_seen(self):
@@ -262,6 +267,17 @@ class TestInATarget:
         assert optimizer.cutoff == math.inf
         resumed.load_state_dict(state)
         assert optimizer.cutoff == cutoff < math.inf
+
+    def test_a_target_without_it_takes_none_from_a_state(self):
+        net = normed()
+        optimizer = WCR(torch.optim.AdamW(param_groups(net), lr=1e-3), form="per_unit")
+        target = SparsityTarget(optimizer, 0.5, 100, every=5)
+        train(net, optimizer, 12, target)
+        state = target.state_dict()
+        around_sgd = WCR(torch.optim.SGD(param_groups(net), lr=1e-3), form="per_unit")
+        SparsityTarget(around_sgd, 0.5, 100, every=5).load_state_dict(state)
+        assert not around_sgd.scale_invariant
+        assert around_sgd.cutoff == math.inf
 
     def test_weights_that_are_not_finite_leave_the_cutoff_as_it_was(self):
         net = normed()

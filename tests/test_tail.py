@@ -21,7 +21,7 @@ class TestTail:
     @settings(max_examples=40, deadline=None)
     @given(
         seed=st.integers(0, 2**16),
-        sparsity=st.sampled_from([0.3, 0.5, 0.8, 0.9, 0.95, 0.98]),
+        sparsity=st.sampled_from([0.5, 0.8, 0.9, 0.95, 0.98]),
         power=st.sampled_from([1, 2, 4]),
         scale=st.sampled_from([1e-12, 1e-3, 1.0, 1e6]),
     )

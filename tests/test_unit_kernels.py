@@ -118,12 +118,22 @@ def test_a_threshold_that_is_none_or_nan_leaves_weights_or_nan(threshold):
 @pytest.mark.parametrize("cutoff", [math.inf, 0.7])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_shrink_that_keeps_energy(dtype, cutoff):
-    found, eager = layers(dtype), layers(dtype)
+    found, eager = ([*layers(dtype), *layers(torch.float64, [(3, 5)])] for _ in range(2))
     gain, threshold = some(sum(map(number_of_units, found)))
     for ws, backend in ((found, "triton"), (eager, "eager")):
         shrink_keeping_energy_(ws, unit_moments(ws), threshold, gain, cutoff=cutoff, backend=backend)
     rtol = 2e-6 if dtype is torch.float32 else torch.finfo(dtype).eps
     torch.testing.assert_close(found, eager, rtol=rtol, atol=1e-7)
+
+
+def test_weights_at_the_cutoff_are_spared():
+    w = torch.full((1, 300), 0.5, device=DEVICE)
+    w[0, ::2] = 0.25
+    threshold = torch.tensor([0.1], dtype=torch.float64, device=DEVICE)
+    (sums,) = unit_kernels.unit_sums([w], threshold, 0.5)
+    torch.testing.assert_close(sums.cpu(), torch.tensor([[97.5, 40.875]], dtype=torch.float64), rtol=1e-6, atol=0)
+    shrink_units_([w], torch.ones_like(threshold), threshold, cutoff=0.5, backend="triton")
+    torch.testing.assert_close(w[0, :2].cpu(), torch.tensor([0.15, 0.5]))
 
 
 def test_moments_of_any_strides_and_several_dtypes_at_once():

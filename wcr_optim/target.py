@@ -328,10 +328,11 @@ class SparsityTarget:
             self._set(loop)
         self._lr_compensation.load_state_dict(state_dict)
         base = self._strengths.decoupled
-        known, seen = (state_dict.get(key, ()) for key in ("scale_invariant", "seen_invariant"))  # since this version
-        base.scale_invariant = [(group, place) for group, place in known]
-        base.seen_invariant = [([(group, place)], torch.tensor([invariant])) for group, place, invariant in seen]
-        base.cutoff = state_dict.get("cutoff", math.inf)
+        if self._one_threshold:
+            known, seen = (state_dict.get(key, ()) for key in ("scale_invariant", "seen_invariant"))  # from before them
+            base.scale_invariant = [(group, place) for group, place in known]
+            base.seen_invariant = [([(group, place)], torch.tensor([invariant])) for group, place, invariant in seen]
+            base.cutoff = state_dict.get("cutoff", math.inf)
         self._ask_for_lifts()
 
     def _find_loops(self) -> None:
@@ -398,7 +399,7 @@ class SparsityTarget:
         if measured.seen_invariant:
             seen = measured.seen_invariant.items()
             self._strengths.decoupled.scale_invariant = [place for place, invariant in seen if invariant]
-        if self._one_threshold and math.isfinite(measured.energies[0][1]):
+        if self._one_threshold and 0.0 < measured.energies[0][1] < math.inf:
             self._strengths.decoupled.cutoff = SPARED * measured.threshold
         self._strengths.decoupled.seen_invariant = ()
         cost = self._loss.update(measured.loss)

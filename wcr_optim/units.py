@@ -209,7 +209,7 @@ def eager_shrink_units_(
             within = torch.maximum(x, -bound)
             torch.minimum(within, bound, out=within)
             if cutoff < math.inf:
-                within.masked_fill_(x.abs() >= cutoff, 0.0)
+                within.mul_(x.abs().lt_(cutoff))  # in place, since torch's comparisons to bool take no vectors
             x.sub_(within)
             if before is not None and piece.numel():
                 factor = _gain(before[here], _sums(x)[:, 1]) * factor
@@ -244,8 +244,8 @@ def _sums(rows: Tensor, threshold: Tensor | None = None, cutoff: float = math.in
         m = piece.to(compute_dtype(piece)).flatten(1).abs()
         if threshold is not None:
             bound = threshold[start * at_once : start * at_once + len(piece)].to(m.dtype).unsqueeze(1)
-            spared = m >= cutoff
-            m = torch.where(spared, m, (m - bound).clamp_(min=0))
+            taken = torch.minimum(m, bound)
+            m = m.sub_(taken if cutoff == math.inf else taken.mul_(m.clone().lt_(cutoff)))
         centre = m.mean(1)
         deviation = m.sub_(centre.unsqueeze(1)).sum(1)
         columns.append((centre, deviation, m.square_().sum(1)))
