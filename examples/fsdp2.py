@@ -209,6 +209,8 @@ def run(options: argparse.Namespace, device: torch.device) -> None:
         weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
         if dist.get_rank() == 0:
             torch.save(weights, options.output)
+    # No rank leaves while another saves, or while gloo's threads hold tensors of Python's, which can abort its exit.
+    dist.barrier()
 
 
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
