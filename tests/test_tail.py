@@ -21,7 +21,7 @@ class TestTail:
     @settings(max_examples=40, deadline=None)
     @given(
         seed=st.integers(0, 2**16),
-        sparsity=st.sampled_from([0.5, 0.8, 0.9, 0.95, 0.98]),
+        sparsity=st.sampled_from([0.3, 0.5, 0.8, 0.9, 0.95, 0.98]),
         power=st.sampled_from([1, 2, 4]),
         scale=st.sampled_from([1e-12, 1e-3, 1.0, 1e6]),
     )
@@ -29,7 +29,9 @@ class TestTail:
         generator = torch.Generator().manual_seed(seed)
         shapes = [(40, 50), (3, 7, 5, 5), (4000,)]
         tensors = [scale * torch.randn(s, generator=generator).pow(power) * (i + 1) for i, s in enumerate(shapes)]
-        assert measured_tail(tensors, sparsity) == pytest.approx(plain_tail(tensors, sparsity), rel=0.01)
+        # Below a half so little energy is left that one draw of heavy tails in a thousand misses one percent.
+        allowed = 0.01 if sparsity >= 0.5 else 0.02
+        assert measured_tail(tensors, sparsity) == pytest.approx(plain_tail(tensors, sparsity), rel=allowed)
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
     def test_dtypes_strides_and_several_chunks(self, dtype):
