@@ -46,6 +46,12 @@ class TestWhoIsMeant:
             layers = layers_of(net)
             assert invariant_units(layers, unit_moments(layers)).layers.tolist() == [True, True, False]
 
+    @pytest.mark.parametrize("rows", [1, 2, 7, 8])
+    def test_few_rows_are_no_proof(self, rows):
+        w = nn.Parameter(torch.tensor([[1.0, 0.0]]).repeat(rows, 1))
+        w.grad = torch.tensor([[0.0, 1.0]]).repeat(rows, 1)
+        assert invariant_units([w], unit_moments([w])).layers.tolist() == [rows >= 8]
+
     def test_no_layer_without_gradients_or_elements(self):
         layers = [nn.Parameter(torch.zeros(s)) for s in ((0, 4), (3, 0), (2, 2))] + [nn.Parameter(torch.randn(4, 3))]
         for w in layers[:3]:
@@ -221,20 +227,20 @@ class TestInATarget:
         assert (optimizer.cutoff < math.inf) == target._one_threshold
         return seen
 
-    def test_layers_are_alike_from_the_measurement_after_they_were_seen(self):
-        seen = self.run(lambda groups: torch.optim.AdamW(groups, lr=1e-3))
+    @pytest.mark.parametrize("base", [torch.optim.AdamW, torch.optim.SGD])
+    def test_layers_are_alike_from_the_measurement_after_they_were_seen(self, base):
+        seen = self.run(lambda groups: base(groups, lr=1e-3))
         assert seen == [[]] * 9 + [[(0, 0), (0, 1)]] * 3
 
     @pytest.mark.parametrize(
         ("make", "options"),
         [
-            (lambda groups: torch.optim.SGD(groups, lr=1e-3), {}),
             (lambda groups: torch.optim.AdamW(groups, lr=1e-3), {"scope": "layer"}),
             (lambda groups: torch.optim.AdamW(groups, lr=1e-3), {"form": "scale_free"}),
         ],
-        ids=["SGD", "layer", "scale_free"],
+        ids=["layer", "scale_free"],
     )
-    def test_not_around_sgd_nor_with_goals_of_their_own_nor_in_other_forms(self, make, options):
+    def test_not_with_goals_of_their_own_nor_in_other_forms(self, make, options):
         assert self.run(make, **options) == [[]] * 12
 
     def test_the_threshold_spares_what_pruning_will_keep(self):
@@ -274,10 +280,10 @@ class TestInATarget:
         target = SparsityTarget(optimizer, 0.5, 100, every=5)
         train(net, optimizer, 12, target)
         state = target.state_dict()
-        around_sgd = WCR(torch.optim.SGD(param_groups(net), lr=1e-3), form="per_unit")
-        SparsityTarget(around_sgd, 0.5, 100, every=5).load_state_dict(state)
-        assert not around_sgd.scale_invariant
-        assert around_sgd.cutoff == math.inf
+        layerwise = WCR(torch.optim.AdamW(param_groups(net), lr=1e-3), form="scale_free")
+        SparsityTarget(layerwise, 0.5, 100, every=5).load_state_dict(state)
+        assert not layerwise.scale_invariant
+        assert layerwise.cutoff == math.inf
 
     def test_weights_that_are_not_finite_leave_the_cutoff_as_it_was(self):
         net = normed()

@@ -28,6 +28,7 @@ MOST_LIFT = 1.1  # of a unit's weights in one step: what BatchNorm's running sta
 # Of the gradient's energy along the weights, in units of what random directions have, 1 / n: up to where a row may be
 # enlarged, and up to where a layer is hidden as a whole, whose sum varies less.
 ALIGNED, LAYER_ALIGNED = 1e-3, 1e-2
+LEAST_ROWS = 8  # of a layer that may be hidden as a whole: a sum over one or two rows is below the line by chance
 MOST_THRESHOLD = 0.5  # in units of a unit's energy-weighted mean magnitude q / mu
 
 
@@ -56,8 +57,8 @@ def invariant_units(layers: Sequence[Tensor], units: Moments) -> Invariance:
     in a layer where the same holds of the sums over rows; 1 for all others, those without a gradient among them. Rows
     before a BatchNorm are at 1e-5 / n and mostly far below, unless their outputs' variance is down at its eps; others
     at 1 / n and more, so that a single row is below the line by chance but hardly a whole layer. Gradients at other
-    weights than these, such as SAM's, are seldom that orthogonal; a layer is hidden as a whole where the sums over its
-    rows are below 1e-2 / n, which most layers before a BatchNorm are around SAM, too.
+    weights than these, such as SAM's, are seldom that orthogonal; a layer of 8 rows and more is hidden as a whole where
+    the sums over its rows are below 1e-2 / n, which most layers before a BatchNorm are around SAM, too.
 
     Nothing here waits for a device. The ranks that hold parts of a DTensor must all call this.
 
@@ -78,7 +79,10 @@ def invariant_units(layers: Sequence[Tensor], units: Moments) -> Invariance:
     sums = sum_over_shards(sums, layers)
     hidden = (aligned < ALIGNED * both) & spread(sums[:, 0] < ALIGNED * sums[:, 1], layers)
     lift = (LEAST_ENERGY * spread(sums[:, 2] / sums[:, 3], layers) / energy).sqrt().clamp(1.0, MOST_LIFT)
-    return Invariance(torch.where(hidden & lift.isfinite(), lift, 1.0), sums[:, 0] < LAYER_ALIGNED * sums[:, 1])
+    many = upload(tuple([int(w.shape[0] >= LEAST_ROWS) for w in layers]), sums.dtype, sums.device)
+    return Invariance(
+        torch.where(hidden & lift.isfinite(), lift, 1.0), sums[:, 0] < many * LAYER_ALIGNED * sums[:, 1]
+    )
 
 
 @torch.no_grad()

@@ -129,8 +129,8 @@ class SparsityTarget:
     beside the rest of their layer that pruning takes them whole: with form="per_unit", the step after a measurement
     enlarges those that hold less than a quarter of the mean unit's energy, by a tenth at most. It knows them by their
     gradient, see `invariance.invariant_units`. From the next measurement on, all units of such layers get one
-    threshold, unless around SGD or with scope="layer", see `invariance.one_threshold`, and it spares weights that
-    pruning will keep: those of twice the magnitude below which it would prune now.
+    threshold, unless with scope="layer", see `invariance.one_threshold`, and it spares weights that pruning will keep:
+    those of twice the magnitude below which it would prune now.
 
     It does not kill the network: the strength stops rising where more of it would do nothing (a form that saturates),
     where the penalty would take a layer's energy away or has done so (l1), and where the smoothed training loss rises
@@ -215,10 +215,8 @@ class SparsityTarget:
         self.every = max(1, total_steps // MEASUREMENTS) if every is None else every
         self.lr_exponent = usual_exponent(base) if lr_exponent is None else float(lr_exponent)
         self._lr_compensation = LrCompensation(self._strengths, self.sparsity, self.lr_exponent)
-        # Around SGD, whose small weights stay small by themselves, and where each layer has a goal of its own, units
-        # keep the thresholds of their own flow.
-        driven_together = scope == "global" and isinstance(self._penalty, PerUnit)
-        self._one_threshold = driven_together and not follows_the_gradient(base)
+        # Where each layer has a goal of its own, units keep the thresholds of their own flow.
+        self._one_threshold = scope == "global" and isinstance(self._penalty, PerUnit)
         base.scale_invariant = base.seen_invariant = ()  # what another object before this one said
         base.cutoff = math.inf
         self.steps = 0

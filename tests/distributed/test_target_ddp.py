@@ -76,7 +76,7 @@ def test_units_over_ranks():
 def _lifts(rank):
     """Which rows are lifted, how far, and what threshold all have, does not depend on where they lie."""
     mesh, plane = init_device_mesh("cpu", (4,)), init_device_mesh("cpu", (2, 2))
-    weights = [torch.randn(6, 17, dtype=torch.float64), torch.randn(9, 2, 4, dtype=torch.float64)]
+    weights = [torch.randn(10, 17, dtype=torch.float64), torch.randn(9, 2, 4, dtype=torch.float64)]
     gradients = []
     for w in weights:
         w[: len(w) // 2] *= 0.3
@@ -101,14 +101,14 @@ def _lifts(rank):
 
     _, both = found([None, None])
     whole = both[:, 0]
-    assert min(whole[:6].max(), whole[6:].max()) > whole.min() == 1
+    assert min(whole[:10].max(), whole[10:].max()) > whole.min() == 1
     for places in (
         [(mesh, [Shard(0)]), (mesh, [Shard(1)])],
         [(plane, [Shard(1), Shard(0)]), (plane, [Shard(0), Shard(2)])],
         [(plane, [Replicate(), Shard(1)]), (mesh, [Replicate()])],
     ):
         layers, here = found(places)
-        rows = torch.cat([_rows_here(w, first) for w, first in zip(layers, (0, 6), strict=True)])
+        rows = torch.cat([_rows_here(w, first) for w, first in zip(layers, (0, 10), strict=True)])
         torch.testing.assert_close(here, both[rows])
     layers, _ = found([(mesh, [Shard(0)]), (mesh, [Shard(0)])])
     for w in layers:  # gradients that lie otherwise tell nothing, on all ranks alike
