@@ -80,9 +80,7 @@ def invariant_units(layers: Sequence[Tensor], units: Moments) -> Invariance:
     hidden = (aligned < ALIGNED * both) & spread(sums[:, 0] < ALIGNED * sums[:, 1], layers)
     lift = (LEAST_ENERGY * spread(sums[:, 2] / sums[:, 3], layers) / energy).sqrt().clamp(1.0, MOST_LIFT)
     many = upload(tuple([int(w.shape[0] >= LEAST_ROWS) for w in layers]), sums.dtype, sums.device)
-    return Invariance(
-        torch.where(hidden & lift.isfinite(), lift, 1.0), sums[:, 0] < many * LAYER_ALIGNED * sums[:, 1]
-    )
+    return Invariance(torch.where(hidden & lift.isfinite(), lift, 1.0), sums[:, 0] < many * LAYER_ALIGNED * sums[:, 1])
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ import math
 import os
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from wcr_optim.checks import check_count, check_number
+from wcr_optim.control import Cost, Driven, Loop
 from wcr_optim.decoupled import Place
 from wcr_optim.layout import local
 from wcr_optim.lr_compensation import LrCompensation, follows_the_gradient, usual_exponent
@@ -30,37 +31,9 @@ if TYPE_CHECKING:
 MEASUREMENTS = 100
 """How often the tail is measured in a run, unless `every` says otherwise."""
 
-# The loop acts on logarithms, of the strength and of the tail's excess over its path. The tail answers a strength by
-# its rate of change, so integral action alone would swing around the path; the proportional part damps it.
-PROPORTIONAL, INTEGRAL = 2.0, 0.3
-MAX_CHANGE = 0.5  # of the strength's logarithm from one measurement to the next: a factor of 1.65
-MAX_ERROR = 2.0  # of the tail's logarithm
-FLOOR = 0.1  # of the starting strength: what is below does nothing and only takes long to come back from
-LAST_RESORT = 1e-4  # of the starting strength: how far it is taken back where it does harm
-FIRST_PULL = 5.0  # mean magnitudes that the thresholds of the whole run would add up to at the starting strength
-MAX_ENERGY_LOSS, MAX_ENERGY_GROWTH = 10.0, 3.0  # as logarithms, of any layer over the whole run, by the penalty alone
-RECOVERY = 1.1  # of a ceiling, from one measurement to the next at which the loss is well
-DEAD = 1e-4  # of its energy at the start: a layer that the penalty has all but taken away
-USELESS = 1.01  # a larger step that raises the thresholds by less than this has no effect left to give
 NORMALIZED_TAIL, PLAIN_TAIL = 3e-3, 1e-3  # goals around Adam, which moves what shall stay small as well, and around SGD
 SPARED = 2.0  # times the magnitude below which weights will be pruned: from there on one threshold spares them
 RECENT = 3  # measurements since which the smoothed loss shall have fallen
-
-
-@dataclass
-class _Loop:
-    """One feedback loop: the groups that it drives together, and what it remembers of them."""
-
-    groups: list[int]
-    level: float = math.nan
-    lr_peak: float = 0.0
-    first_level: float = math.nan
-    first_tail: float = math.nan
-    tail: float = math.nan
-    error: float = 0.0
-    ceiling: float = math.inf
-    harmful: bool = False
-    obstacle: str = ""
 
 
 class _Measurement(NamedTuple):
@@ -79,20 +52,6 @@ class _Measurement(NamedTuple):
     layers: list[Moments]
     loss: float
     seen_invariant: dict[Place, bool]
-
-
-class _Effect(NamedTuple):
-    """What a step does to layers.
-
-    Attributes:
-        pull: The share of the mean magnitude that the thresholds take off, averaged over weights.
-        loss: The largest share of its energy that a layer loses.
-        growth: The largest share of its energy that a layer gains.
-    """
-
-    pull: float
-    loss: float
-    growth: float
 
 
 class SparsityTarget:
@@ -222,7 +181,7 @@ class SparsityTarget:
         self.steps = 0
         self.last_tail = math.nan
         self.history: list[list[float]] = []
-        self._loops: list[_Loop] = []
+        self._loops: list[Loop] = []
         self._first_energy: dict[str, float] = {}
         self._loss = LossTrend()
         if isinstance(self._penalty, InverseVariance):
@@ -263,7 +222,8 @@ class SparsityTarget:
         self.steps += 1
         self._find_loops()
         for loop in self._loops:
-            self._keep_step_length(loop)
+            if loop.keep_step_length(self._lr(loop)):
+                self._set(loop)
         begins = not self.history or any(self._begins(loop) for loop in self._loops)
         if begins or self.steps % self.every == 0 or self.steps == self.total_steps:
             with self._strengths.chain.true_weights():  # SSAM's, in a loop without closures, are others between steps
@@ -289,7 +249,7 @@ class SparsityTarget:
             "reference": self._strengths.reference,
             # In columns and pairs, since torch.distributed.checkpoint loads into the keys that a new object has, and
             # takes no list of dicts for a value.
-            "loops": {field.name: [getattr(loop, field.name) for loop in self._loops] for field in fields(_Loop)},
+            "loops": {field.name: [getattr(loop, field.name) for loop in self._loops] for field in fields(Loop)},
             "first_energy": [list(pair) for pair in self._first_energy.items()],
             **self._lr_compensation.state_dict(),
             "scale_invariant": [list(place) for place in base.scale_invariant],
@@ -310,7 +270,7 @@ class SparsityTarget:
             ValueError: If it had more groups than there are, or another scope; nothing is changed then.
         """
         columns = state_dict["loops"]
-        loops = [_Loop(**dict(zip(columns, row, strict=True))) for row in zip(*columns.values(), strict=True)]
+        loops = [Loop(**dict(zip(columns, row, strict=True))) for row in zip(*columns.values(), strict=True)]
         history, energy = [list(row) for row in state_dict["history"]], dict(state_dict["first_energy"])
         steps, last_tail = state_dict["steps"], state_dict["last_tail"]
         several = len(loops) > 1 if self.scope == "global" else any(len(loop.groups) > 1 for loop in loops)
@@ -339,36 +299,25 @@ class SparsityTarget:
         new = [index for index in self._strengths.driven() if index not in known]
         if self.scope == "layer":
             self._strengths.separate()
-            self._loops += [_Loop([index]) for index in new]
+            self._loops += [Loop([index]) for index in new]
         elif not self._loops:
-            self._loops = [_Loop(new)]
+            self._loops = [Loop(new)]
         elif new:
             self._loops[0].groups += new
             self._set(self._loops[0])
 
-    def _begins(self, loop: _Loop) -> bool:
+    def _begins(self, loop: Loop) -> bool:
         """Whether a loop waits for a first positive lr, has it by now, and was not measured in vain since."""
-        return loop.lr_peak == 0.0 and not loop.obstacle and self._lr(loop) != 0.0
+        return not loop.has_begun and not loop.obstacle and self._lr(loop) != 0.0
 
-    def _lr(self, loop: _Loop) -> float:
+    def _lr(self, loop: Loop) -> float:
         """Return the largest lr of a loop's groups; NaN where reading it would wait for a device."""
         rates = [self._strengths.groups[index]["lr"] for index in loop.groups]
         if any(isinstance(lr, Tensor) and lr.device.type != "cpu" for lr in rates):
             return math.nan
         return max(map(float, rates))
 
-    def _keep_step_length(self, loop: _Loop, lr: float | None = None) -> None:
-        """Where lr rises above what it has been, in a warm-up, keep lr * level instead of letting it grow with lr."""
-        lr = self._lr(loop) if lr is None else lr
-        if loop.lr_peak > 0.0 and lr > loop.lr_peak:
-            shrunk = loop.lr_peak / lr
-            loop.level, loop.first_level, loop.ceiling = (
-                x * shrunk for x in (loop.level, loop.first_level, loop.ceiling)
-            )
-            loop.lr_peak = lr
-            self._set(loop)
-
-    def _set(self, loop: _Loop) -> None:
+    def _set(self, loop: Loop) -> None:
         if math.isfinite(loop.level):
             for index in loop.groups:
                 if index < len(self._strengths.groups):
@@ -380,7 +329,7 @@ class SparsityTarget:
             self._penalty.per_unit and self.steps > 0 and self.steps % self.every == 0
         )
 
-    def _layers(self, loop: _Loop) -> list[tuple[str, int, Tensor]]:
+    def _layers(self, loop: Loop) -> list[tuple[str, int, Tensor]]:
         """List a loop's weights: a name, the group, the tensor."""
         layers = []
         for index in loop.groups:
@@ -400,8 +349,8 @@ class SparsityTarget:
         if self._one_threshold and 0.0 < measured.energies[0][1] < math.inf:
             self._strengths.decoupled.cutoff = SPARED * measured.threshold
         self._strengths.decoupled.seen_invariant = ()
-        cost = self._loss.update(measured.loss)
-        well = not cost > self._loss.allowed(self.max_dense_cost) / 2  # NaN where no loss was given
+        rise = self._loss.update(measured.loss)
+        cost = Cost(rise, self._loss.allowed(self.max_dense_cost), self.max_dense_cost is not None)
         falling = len(self.history) >= RECENT and self._loss.smooth < self.history[-RECENT][4]
         pruned = total = 0.0
         for loop, named, of_layers, energies in zip(
@@ -409,21 +358,21 @@ class SparsityTarget:
         ):
             lr = max(float(self._strengths.groups[index]["lr"]) for index in loop.groups)
             if not (math.isfinite(energies[1]) and energies[1] > 0.0 and lr >= 0.0):
-                if loop.lr_peak == 0.0 and lr > 0.0:
+                if not loop.has_begun and lr > 0.0:
                     loop.obstacle = "there were no weights to drive, or none that were finite and not all zero"
                 continue  # an overflow under way, or nothing to prune: no reason to move
             pruned, total = pruned + energies[0], total + energies[1]
             loop.tail = energies[0] / energies[1]
             names = [name for name, _, _ in named]
-            for name, energy in zip(names, (of_layers.n * of_layers.q).tolist(), strict=True):
-                self._first_energy.setdefault(name, energy)
+            energy = (of_layers.n * of_layers.q).tolist()
+            first = [self._first_energy.setdefault(name, now) for name, now in zip(names, energy, strict=True)]
             groups = [index for _, index, _ in named]
-            self._lr_compensation.update(of_layers, groups, well=well, falling=falling)
-            shares = self._shares(groups, lr)
-            if loop.lr_peak == 0.0:
-                self._begin(loop, of_layers, shares, lr)
+            self._lr_compensation.update(of_layers, groups, well=not cost.is_high, falling=falling)
+            driven = Driven(self._penalty, names, of_layers, first, self._shares(groups, lr), self.total_steps)
+            if loop.has_begun:
+                loop.follow(driven, self.path(loop.first_tail), lr, cost)
             else:
-                self._follow(loop, of_layers, shares, lr, names, cost)
+                loop.begin(driven, lr)
             self._set(loop)
         if total > 0.0:
             self.last_tail = pruned / total
@@ -438,76 +387,6 @@ class SparsityTarget:
             for index in groups
         ]
         return torch.tensor(shares, dtype=torch.float64)
-
-    def _begin(self, loop: _Loop, layers: Moments, shares: Tensor, lr: float) -> None:
-        """Start where the thresholds of the whole run would add up to a few mean magnitudes."""
-        loop.first_tail = loop.tail
-        if lr == 0.0:
-            return  # a warm-up from zero: the next step may tell
-        low, high = math.log(1e-20), math.log(1e6)
-        # In a run of a few dozen steps the bound on one step's growth can forbid that: then where the bound begins.
-        most = _effect(self._penalty, layers, math.exp(high) * shares).pull
-        wanted = min(FIRST_PULL / self.total_steps, most / USELESS)
-        for _ in range(50):
-            middle = (low + high) / 2
-            pull = _effect(self._penalty, layers, math.exp(middle) * shares).pull
-            low, high = (middle, high) if pull < wanted else (low, middle)
-        loop.level = loop.first_level = math.exp(low) / lr
-        loop.lr_peak, loop.obstacle = lr, ""
-
-    def _follow(
-        self, loop: _Loop, layers: Moments, shares: Tensor, lr: float, names: Sequence[str], cost: float
-    ) -> None:
-        """Move the level towards what brings the tail onto its path."""
-        self._keep_step_length(loop, lr)
-        excess = math.log(max(loop.tail, 1e-30) / self.path(loop.first_tail))
-        error = min(max(excess, -MAX_ERROR), MAX_ERROR)
-        change = PROPORTIONAL * (error - loop.error) + INTEGRAL * error
-        loop.error = error
-        change = min(max(change, -MAX_CHANGE), MAX_CHANGE)
-        limit = self._limit(loop, layers, shares, names, cost)
-        if limit < 0.0 and not loop.harmful:  # the loss answers late: without this the level would overshoot each time
-            loop.ceiling = loop.level / 2
-        elif cost < self._loss.allowed(self.max_dense_cost) / 2:
-            loop.ceiling *= RECOVERY
-        loop.harmful = limit < 0.0
-        if limit < change:
-            change = limit
-        if error <= 0.0:
-            loop.obstacle = ""
-        floor = loop.first_level * (LAST_RESORT if limit < 0.0 else FLOOR)
-        loop.level = min(max(loop.level * math.exp(change), min(floor, loop.level)), loop.ceiling)
-
-    def _limit(self, loop: _Loop, layers: Moments, shares: Tensor, names: Sequence[str], cost: float) -> float:
-        """Bound the change of the level, and note why."""
-        allowed = self._loss.allowed(self.max_dense_cost)
-        if cost > allowed:
-            loop.obstacle = (
-                f"the training loss rose by max_dense_cost={self.max_dense_cost:g} above its best"
-                if self.max_dense_cost is not None
-                else "the training loss gave back most of what training had gained"
-            )
-            return -MAX_CHANGE
-        energy = layers.n * layers.q
-        for name, now in zip(names, energy.tolist(), strict=True):
-            if now < DEAD * self._first_energy[name]:
-                group, place = name.split(".")
-                loop.obstacle = f"parameter {place} of group {group} lost nearly all of its energy"
-                return -MAX_CHANGE
-        s = loop.lr_peak * loop.level * shares
-        effect = _effect(self._penalty, layers, s * math.exp(MAX_CHANGE))
-        if effect.pull < USELESS * _effect(self._penalty, layers, s).pull:
-            loop.obstacle = "the penalty saturates: a larger strength has no further effect"
-            return 0.0
-        if effect.loss > MAX_ENERGY_LOSS / self.total_steps:
-            loop.obstacle = "a larger strength would take the energy of whole layers away"
-            return 0.0
-        if effect.growth > MAX_ENERGY_GROWTH / self.total_steps:
-            loop.obstacle = "a larger strength would make the weights of whole layers grow without bound"
-            return 0.0
-        if self.max_dense_cost is not None:  # come to rest at the allowed cost rather than swing around it
-            return MAX_CHANGE * min(max(2 * (1 - cost / allowed), 0.0), 1.0)
-        return MAX_CHANGE
 
     def _measure(self, layers: Sequence[Sequence[tuple[str, int, Tensor]]]) -> _Measurement:
         """Measure all loops with one copy to the host."""
@@ -548,7 +427,7 @@ class SparsityTarget:
             return
         worst = max(missed, key=lambda loop: loop.tail)
         short = "the run was too short for the strength to get there"
-        why = worst.obstacle or (short if worst.lr_peak > 0.0 else "its learning rate was 0 at every measurement")
+        why = worst.obstacle or (short if worst.has_begun else "its learning rate was 0 at every measurement")
         warnings.warn(
             f"pruning at sparsity {self.sparsity:g} would still take {worst.tail:.3g} of the weights' energy, wanted "
             f"{self.tail_energy:g}: {why}. Ask for less sparsity, train longer, allow more dense cost, or drive "
@@ -575,19 +454,6 @@ class SparsityTarget:
         from wcr_optim.plots import training_curves
 
         return training_curves(self.history, path, accuracy, goal=self.tail_energy)
-
-
-def _effect(penalty: Penalty, layers: Moments, s: Tensor) -> _Effect:
-    """Return what a step of length s does to layers."""
-    gain, threshold = penalty.flow(layers, s)
-    alive = (layers.mu > 0) & layers.q.isfinite()
-    if not alive.any():
-        return _Effect(0.0, 0.0, 0.0)
-    n, mu, q = (x[alive] for x in layers)
-    gain, threshold = gain[alive], threshold[alive]
-    taken = threshold.minimum(mu)  # beyond it, so many weights would cross zero that the next line is wrong
-    kept = gain.square() * (1 - (2 * taken * mu - taken.square()) / q)
-    return _Effect(float((n * threshold / mu).sum() / n.sum()), float((1 - kept).max()), float((kept - 1).max()))
 
 
 def _moments(weights: Sequence[Tensor], device: torch.device) -> Tensor:
