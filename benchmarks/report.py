@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import runner, tasks, tuning
-from benchmarks.methods import Method
+from benchmarks.methods import LABELS, PENALTIES, Method
 from benchmarks.trials import COLUMNS, KEY
 from wcr_optim import plots
 from wcr_optim.files import written_whole
@@ -270,7 +270,7 @@ def draw(rows: Rows, task: str, folder: Path) -> None:
     """Draw a task's metric over sparsity, and what each strength costs dense against what it keeps."""
     kind = tasks.task(task)
     goal = kind.goals[len(kind.goals) // 2]
-    curves: dict[str, list[tuple[float, float]]] = {}
+    curves: dict[str, dict[str | None, list[tuple[float, float]]]] = {}
     tradeoffs: dict[str, list[tuple[float, float]]] = {}
     for method in tested(rows, task):
         parts = Method.of(method)
@@ -284,7 +284,8 @@ def draw(rows: Rows, task: str, folder: Path) -> None:
                 continue
             same = not tuning.failed(row) and (pair is None or (float(row["strength"]), float(row["rho"])) == pair)
             if same and (not parts.has_goal or float(row["goal"]) == goal) and parts.pruning is None:
-                curves.setdefault(parts.label, []).append((float(row["sparsity"]), float(row["value"])))
+                of_base = curves.setdefault(parts.base, {})
+                of_base.setdefault(parts.penalty, []).append((float(row["sparsity"]), float(row["value"])))
         means = tuning.validation_means(rows, task, method)
         if len(means) > 1 and parts.pruning is None and parts.base == next(iter(kind.lr)):
             best = kind.best(at[0.0] for at in means.values())
@@ -293,12 +294,38 @@ def draw(rows: Rows, task: str, folder: Path) -> None:
             tradeoffs[parts.label] = [(at[0.0], at[goal]) for at in near]
     folder.mkdir(parents=True, exist_ok=True)
     if curves:
-        plots.sparsity_accuracy(curves, folder / f"{task}.png", ylabel=kind.metric.replace("_", " "))
+        _draw_bases(curves, folder / f"{task}.png", kind.metric.replace("_", " "))
     if tradeoffs:
         name = kind.metric.replace("_", " ")
         plots.trade_off(
             tradeoffs, folder / f"{task}_tradeoff.png", xlabel=f"{name}, dense", ylabel=f"{name} at {goal:.0%}"
         )
+
+
+def _draw_bases(
+    curves: Mapping[str, Mapping[str | None, Sequence[tuple[float, float]]]], path: Path, ylabel: str
+) -> None:
+    """Draw a panel for each base, in which a penalty has the same colour."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    penalties = [penalty for penalty in (None, *PENALTIES) if any(penalty in of_base for of_base in curves.values())]
+    figure = Figure(figsize=(4.6 * len(curves) + 1.8, 4.0), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(1, len(curves), sharey=True, squeeze=False)[0]
+    for ax, (base, of_base) in zip(panels, curves.items(), strict=True):
+        # Penalties that a base lacks keep their place, so that the others keep their colours.
+        drawn = {_name(penalty): of_base.get(penalty, [(0.0, math.nan)]) for penalty in penalties}
+        plots.sparsity_accuracy(drawn, ax=ax, ylabel=ylabel if ax is panels[0] else " ")
+        ax.get_legend().remove()
+        ax.set_title(LABELS[base])
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, frameon=False, fontsize="small", loc="outside right center")
+    figure.savefig(path, dpi=200)
+
+
+def _name(penalty: str | None) -> str:
+    return "no penalty" if penalty is None else LABELS.get(penalty, penalty)
 
 
 def write(rows: Rows, folder: Path, suite: str) -> None:
