@@ -316,7 +316,8 @@ def _draw_bases(
     for ax, (base, of_base) in zip(panels, curves.items(), strict=True):
         # Penalties that a base lacks keep their place, so that the others keep their colours.
         drawn = {_name(penalty): of_base.get(penalty, [(0.0, math.nan)]) for penalty in penalties}
-        plots.sparsity_accuracy(drawn, ax=ax, ylabel=ylabel if ax is panels[0] else " ")
+        plots.sparsity_accuracy(drawn, ax=ax, ylabel=ylabel)
+        ax.label_outer()
         ax.get_legend().remove()
         ax.set_title(LABELS[base])
     handles, labels = panels[0].get_legend_handles_labels()

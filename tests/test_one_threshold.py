@@ -215,6 +215,11 @@ class TestStep:
         assert all(torch.equal(a, b) for a, b in zip(*finals, strict=True))
 
 
+def driven(net):
+    optimizer = WCR(torch.optim.AdamW(param_groups(net), lr=1e-3), form="per_unit")
+    return optimizer, SparsityTarget(optimizer, 0.5, 100, every=5)
+
+
 class TestInATarget:
     def run(self, make, steps=12, form="per_unit", **options):
         net = normed()
@@ -245,8 +250,7 @@ class TestInATarget:
 
     def test_the_threshold_spares_what_pruning_will_keep(self):
         net = normed()
-        optimizer = WCR(torch.optim.AdamW(param_groups(net), lr=1e-3), form="per_unit")
-        target = SparsityTarget(optimizer, 0.5, 100, every=5)
+        optimizer, target = driven(net)
         assert optimizer.cutoff == math.inf
         train(net, optimizer, 9, target)
         train(net, optimizer, 1, target, first=9)  # the last of these steps measures
@@ -265,8 +269,7 @@ class TestInATarget:
 
     def test_the_cutoff_is_part_of_the_state_and_forgotten_by_another_target(self):
         net = normed()
-        optimizer = WCR(torch.optim.AdamW(param_groups(net), lr=1e-3), form="per_unit")
-        target = SparsityTarget(optimizer, 0.5, 100, every=5)
+        optimizer, target = driven(net)
         train(net, optimizer, 7, target)
         cutoff, state = optimizer.cutoff, target.state_dict()
         resumed = SparsityTarget(optimizer, 0.5, 100, every=5)
@@ -276,8 +279,7 @@ class TestInATarget:
 
     def test_a_target_without_it_takes_none_from_a_state(self):
         net = normed()
-        optimizer = WCR(torch.optim.AdamW(param_groups(net), lr=1e-3), form="per_unit")
-        target = SparsityTarget(optimizer, 0.5, 100, every=5)
+        optimizer, target = driven(net)
         train(net, optimizer, 12, target)
         state = target.state_dict()
         layerwise = WCR(torch.optim.AdamW(param_groups(net), lr=1e-3), form="scale_free")
@@ -298,8 +300,7 @@ class TestInATarget:
 
     def test_a_norm_that_is_frozen_is_noticed(self):
         net = normed()
-        optimizer = WCR(torch.optim.AdamW(param_groups(net), lr=1e-3), form="per_unit")
-        target = SparsityTarget(optimizer, 0.5, 100, every=5)
+        optimizer, target = driven(net)
         train(net, optimizer, 10, target)
         net[1].eval()
         train(net, optimizer, 5, target, first=10)
@@ -333,8 +334,7 @@ class TestInATarget:
 
     def test_a_state_from_before_there_was_this_goes_on(self):
         net = normed()
-        optimizer = WCR(torch.optim.AdamW(param_groups(net), lr=1e-3), form="per_unit")
-        target = SparsityTarget(optimizer, 0.5, 100, every=5)
+        optimizer, target = driven(net)
         train(net, optimizer, 7, target)
         state = target.state_dict()
         assert [place[:2] for place in state["seen_invariant"]] == [[0, 0], [0, 1], [0, 2]]
