@@ -2,7 +2,7 @@
 
 Reads docs/results/{vision,language,segmentation}.csv, of which runs of full length and without options count, draws the
 pictures in docs/images and renews the tables between the markers ``<!-- table: TASK -->`` and ``<!-- end -->`` in
-docs/results.md.
+docs/results.md, and the table of all tasks, named brief, both there and in README.md.
 """
 
 from __future__ import annotations
@@ -28,6 +28,8 @@ SUITES = ("vision", "language", "segmentation")
 SHOWN = 12
 """How many tolerances a strength may cost dense and still be in the picture of the trade-off."""
 GOAL_SEARCHED = ", goal searched"
+BRIEF = (None, "l1", "hoyer", "wcr", "scale_free", "target")
+"""Penalties of the table of all tasks."""
 Rows = Sequence[Mapping[str, str]]
 
 
@@ -144,12 +146,25 @@ def table(rows: Rows, task: str, *, careful: bool = False) -> str:
     for (method, search), row in cells.items():
         if not any(row):
             continue
-        texts = [
-            _cell_text(kind, found, found is not None and found.mean == top)
-            for found, top in zip(row, best, strict=True)
-        ]
+        texts = [_cell_text(kind, found, top) for found, top in zip(row, best, strict=True)]
         label = Method.of(method).label + (GOAL_SEARCHED if search else "")
         lines.append(f"| {label} | " + " | ".join([*texts, *_costs(row)]) + " |")
+    return "\n".join(lines)
+
+
+def brief(rows: Rows) -> str:
+    """Lay out tasks and bases down and penalties across, at each task's highest wanted sparsity, as Markdown."""
+    lines = ["| task, base, sparsity | " + " | ".join(map(_name, BRIEF)) + " |", "|---" * (len(BRIEF) + 1) + "|"]
+    for task in dict.fromkeys(row["task"] for row in rows):
+        kind, of_task = tasks.task(task), [row for row in rows if row["task"] == task]
+        goal = kind.goals[-1]
+        for base in kind.lr:
+            cells = [cell(of_task, task, f"{base}+{penalty}" if penalty else base, goal) for penalty in BRIEF]
+            means = [found.mean for found in cells if found is not None and found.values]
+            if not means:
+                continue
+            texts = [_cell_text(kind, found, kind.best(means), short=True) for found in cells]
+            lines.append(f"| {task}, {LABELS[base]}, {100 * goal:g} % | " + " | ".join(texts) + " |")
     return "\n".join(lines)
 
 
@@ -160,15 +175,16 @@ def tested(rows: Rows, task: str) -> list[str]:
     return sorted(names, key=lambda name: (name.split("+")[0] != next(iter(tasks.task(task).lr)), order[name]))
 
 
-def _cell_text(kind: tasks.Task, found: Cell | None, is_best: bool) -> str:
+def _cell_text(kind: tasks.Task, found: Cell | None, best: float | None, *, short: bool = False) -> str:
     if found is None:
         return "–"
     places = 3 if kind.metric == "bits_per_byte" else 1
     value = f"{found.mean:.{places}f}"
-    value = f"**{value}**" if is_best else value
+    value = f"**{value}**" if best is not None and value == f"{best:.{places}f}" else value
     spread = f" ± {found.spread:.{places}f}" if len(found.values) > 1 else ""
     at = "" if found.strength is None else f" at {found.strength:g}"
     at = at if found.told is None else f" told {100 * found.told:g} %"
+    at = "" if short else at
     if not found.values:
         return f"diverged{at}"
     failed = f", {found.failed} of {found.failed + len(found.values)} diverged" if found.failed else ""
@@ -346,18 +362,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks report", description=__doc__.splitlines()[0])
     parser.add_argument("--results", type=Path, default=Path("docs/results"), help="(default: docs/results)")
     parser.add_argument("--page", type=Path, default=Path("docs/results.md"), help="(default: docs/results.md)")
+    parser.add_argument("--readme", type=Path, default=Path("README.md"), help="(default: README.md)")
     parser.add_argument("--images", type=Path, default=Path("docs/images"), help="(default: docs/images)")
     o = parser.parse_args(argv)
-    page = o.page.read_text(encoding="utf-8")
-    for suite in SUITES:
-        rows = tuning.of_run(runner.Results(o.results / f"{suite}.csv", COLUMNS, KEY).read(), {})
-        for task in dict.fromkeys(row["task"] for row in rows):
-            if tested(rows, task):
-                page = filled(page, task, section(rows, task))
-                draw(rows, task, o.images)
-    with written_whole(o.page) as temporary:
-        temporary.write_text(page, encoding="utf-8")
+    rows = stored(o.results)
+    page = filled(o.page.read_text(encoding="utf-8"), "brief", brief(rows))
+    for task in dict.fromkeys(row["task"] for row in rows):
+        of_task = [row for row in rows if row["task"] == task]
+        if tested(of_task, task):
+            page = filled(page, task, section(of_task, task))
+            draw(of_task, task, o.images)
+    readme = filled(o.readme.read_text(encoding="utf-8"), "brief", brief(rows))
+    for path, text in ((o.page, page), (o.readme, readme)):
+        with written_whole(path) as temporary:
+            temporary.write_text(text, encoding="utf-8")
     return 0
+
+
+def stored(folder: Path) -> Rows:
+    """Read all suites' rows of runs of full length and without options."""
+    return [
+        row
+        for suite in SUITES
+        for row in tuning.of_run(runner.Results(folder / f"{suite}.csv", COLUMNS, KEY).read(), {})
+    ]
 
 
 def filled(page: str, name: str, text: str) -> str:

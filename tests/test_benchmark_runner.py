@@ -118,6 +118,9 @@ def test_the_validation_split_chooses_and_the_test_split_reports():
     assert report.cell(rows, "digits_mlp", "sgd+wcr", 0.95, careful=True).mean == 79.0
     text = report.section(rows, "digits_mlp")
     assert "| SGD + WCR | **89.0** ± 1.4 (95.0) at 0.01 |" in text
+    assert report.brief(rows).splitlines()[2:] == [
+        "| digits_mlp, SGD, 98 % | 61.0 (97.9) | – | – | **89.0** ± 1.4 (95.0) | – | – |"
+    ], "no row for a base without runs"
     assert "95 %: SGD + WCR 79.0 ± 0.0 is **ahead of** SGD 61.0 ± 0.0" in text
     trials = tuning.choices("digits_mlp", ["sgd", "sgd+wcr", "sgd+target"], rows, [0, 1])
     assert {t.strength for t in trials if t.method == "sgd+wcr"} == {1e-2, 1e-3}

@@ -1,4 +1,4 @@
-"""The README's Python blocks run as they stand."""
+"""The README's Python blocks run as they stand, and its table of results is that of the stored runs."""
 
 import re
 from pathlib import Path
@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import wcr_optim
+from benchmarks import report
 from wcr_optim import pruning
 
 README = Path(__file__).parent.parent / "README.md"
@@ -40,6 +41,12 @@ def test_block_runs(block, tmp_path, monkeypatch):
     if "magnitude_masks" in block:
         total = sum(w.numel() for w in weights)
         assert sum((w == 0).sum().item() for w in weights) == round((0.97 if "0.97" in block else 0.95) * total)
+
+
+def test_the_table_of_results_is_what_the_stored_runs_say():
+    table = report.brief(report.stored(README.parent / "docs" / "results"))
+    assert table.count("SGD") >= 6
+    assert table in README.read_text(encoding="utf-8")
 
 
 def test_there_are_blocks():
