@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import runner, tasks, tuning
-from benchmarks.methods import LABELS, PENALTIES, Method
+from benchmarks.methods import LABELS, PENALTIES, PRUNING, SHARPNESS, Method
 from benchmarks.trials import COLUMNS, KEY
 from wcr_optim import plots
 from wcr_optim.files import written_whole
@@ -169,10 +169,16 @@ def brief(rows: Rows) -> str:
 
 
 def tested(rows: Rows, task: str) -> list[str]:
-    """List the methods that were measured on the test split, each base's together."""
-    names = dict.fromkeys(row["method"] for row in rows if row["task"] == task and row["split"] == "test")
-    order = {name: k for k, name in enumerate(names)}
-    return sorted(names, key=lambda name: (name.split("+")[0] != next(iter(tasks.task(task).lr)), order[name]))
+    """List the methods that were measured on the test split: by base, then by what is around it, then by penalty."""
+    names = {row["method"] for row in rows if row["task"] == task and row["split"] == "test"}
+    bases = list(tasks.task(task).lr)
+
+    def place(name: str) -> tuple[int, ...]:
+        parts = Method.of(name)
+        rooms = ((parts.sharpness, SHARPNESS), (parts.pruning, PRUNING), (parts.penalty, [*PENALTIES, "prox"]))
+        return bases.index(parts.base), *([None, *known].index(part) for part, known in rooms)
+
+    return sorted(names, key=place)
 
 
 def _cell_text(kind: tasks.Task, found: Cell | None, best: float | None, *, short: bool = False) -> str:
