@@ -13,8 +13,9 @@ from torch import nn
 
 from benchmarks.overhead import peak_of
 from wcr_optim import WCR, HoyerDecay, L1Decay, L2Decay, backends, compiled, penalties
-from wcr_optim.moments import CHUNK, SMALL, counts, foreach_sums, moments
-from wcr_optim.shrink import PIECE, shrink_
+from wcr_optim.eager import CHUNK, PIECE, SMALL, foreach_sums
+from wcr_optim.moments import counts, moments
+from wcr_optim.shrink import shrink_
 
 needs_compiler = pytest.mark.skipif(compiled.why_not() is not None, reason=str(compiled.why_not()))
 WRAPPERS = {

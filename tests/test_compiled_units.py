@@ -7,10 +7,11 @@ import torch
 from reference import Elsewhere, plain_moments, plain_shrink, small_batch, small_net
 from torch import nn
 
-from wcr_optim import WCR, AdamW, backends, compiled, units
+from wcr_optim import WCR, AdamW, backends, compiled, eager_units
+from wcr_optim.eager_units import number_of_units
 from wcr_optim.moments import moments
 from wcr_optim.shrink import shrink_
-from wcr_optim.units import number_of_units, shrink_units_, unit_moments
+from wcr_optim.units import shrink_units_, unit_moments
 
 pytestmark = pytest.mark.skipif(compiled.why_not() is not None, reason=str(compiled.why_not()))
 
@@ -83,7 +84,7 @@ def test_moments(dtype):
 def test_sums_of_what_a_threshold_leaves(dtype, cutoff):
     weights = layers(dtype)
     _, threshold = some(sum(map(number_of_units, weights)))
-    found, eager = compiled.unit_sums(weights, threshold, cutoff), units.eager_unit_sums(weights, threshold, cutoff)
+    found, eager = compiled.unit_sums(weights, threshold, cutoff), eager_units.unit_sums(weights, threshold, cutoff)
     rows = [u.double().abs() for w in weights for u in units_of(w)]
     left = [torch.where(m < cutoff, (m - t).clamp(min=0), m) for m, t in zip(rows, threshold, strict=True)]
     expected = torch.stack([torch.stack([m.sum(), m.square().sum()]) for m in left])
@@ -273,8 +274,8 @@ def test_auto_compiles_for_a_large_model(calls, monkeypatch, fused):
 
 def test_layouts_of_other_kinds_are_left_to_eager_code_and_no_others(calls, monkeypatch):
     left = []
-    eager = units.eager_unit_sums
-    monkeypatch.setattr(compiled, "eager_unit_sums", lambda parts, *bounds: left.extend(parts) or eager(parts, *bounds))
+    eager = eager_units.unit_sums
+    monkeypatch.setattr(eager_units, "unit_sums", lambda parts, *bounds: left.extend(parts) or eager(parts, *bounds))
     base = torch.randn(8, 6, 5, 4)
     unit_moments(views(base), backend="compiled")
     assert [w.shape for w in left] == [views(base)[i].shape for i in (2, 3, 5)]

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import plain_shrink
 
-from wcr_optim.moments import CHUNK, SMALL
+from wcr_optim.eager import CHUNK, SMALL
 from wcr_optim.shrink import shrink_, stochastic_round
 
 

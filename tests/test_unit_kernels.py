@@ -8,17 +8,11 @@ from reference import layouts, plain_moments, plain_shrink
 from torch import nn
 from triton_interpreter import DEVICE, GPU
 
-from wcr_optim import WCR
+from wcr_optim import WCR, eager_units
+from wcr_optim.eager_units import number_of_units
 from wcr_optim.moments import moments
 from wcr_optim.shrink import shrink_
-from wcr_optim.units import (
-    eager_unit_sums,
-    number_of_units,
-    shrink_keeping_energy_,
-    shrink_units_,
-    spread,
-    unit_moments,
-)
+from wcr_optim.units import shrink_keeping_energy_, shrink_units_, spread, unit_moments
 
 pytest.importorskip("triton")
 from wcr_optim import kernels, unit_kernels
@@ -87,7 +81,7 @@ def test_moments_of_any_shape(dtype):
 def test_sums_of_what_a_threshold_leaves(dtype, cutoff):
     ws = [*layers(dtype), *layers(torch.float64, [(3, 5)])]
     _, threshold = some(sum(map(number_of_units, ws)))
-    found, eager = unit_kernels.unit_sums(ws, threshold, cutoff), eager_unit_sums(ws, threshold, cutoff)
+    found, eager = unit_kernels.unit_sums(ws, threshold, cutoff), eager_units.unit_sums(ws, threshold, cutoff)
     torch.testing.assert_close(torch.cat(found), torch.cat(eager), rtol=2e-6, atol=1e-6)
     for w, t, own in zip(ws, torch.split(threshold, [number_of_units(w) for w in ws]), found, strict=True):
         if w.ndim == 2 and w.numel():

@@ -16,14 +16,10 @@ import math
 from collections.abc import Sequence
 from functools import lru_cache
 from importlib import import_module, util
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from wcr_optim.moments import Moments
-    from wcr_optim.penalties import Penalty
 
 BACKENDS = ("auto", "eager", "compiled", "triton")
 MODULES = {"compiled": "wcr_optim.compiled", "triton": "wcr_optim.kernels"}
@@ -85,36 +81,6 @@ class UnitImplementation(Protocol):
     ) -> None:
         """Apply w[i] <- gain[i] * softshrink(w[i], threshold[i]) in place, without the threshold from the cutoff on."""
         ...
-
-
-class OfLayers(Protocol):
-    """What works on the few numbers that a layer has; see `layer_numbers` for what they are."""
-
-    def flow(self, penalty: Penalty, moments: Moments, s: Tensor) -> tuple[Tensor, Tensor]:
-        """Return a penalty's gain and threshold of every layer."""
-        ...
-
-    def adamw_coefficients(
-        self,
-        gain: Tensor,
-        threshold: Tensor,
-        steps: Sequence[Tensor],
-        lr: float | Tensor,
-        weight_decay: float,
-        betas: tuple[float, float],
-    ) -> Tensor:
-        """Return what `adamw_` needs, shape (layers, 5)."""
-        ...
-
-    def sgd_coefficients(self, gain: Tensor, threshold: Tensor, lr: float | Tensor) -> Tensor:
-        """Return what `sgd_` needs, shape (layers, 3)."""
-        ...
-
-
-def of_layers(backend: str) -> OfLayers:
-    """Return the module that computes layers' numbers: with kernels where launches would cost more than they do."""
-    module: OfLayers = import_module("wcr_optim.layer_kernels" if backend == "triton" else "wcr_optim.layer_numbers")
-    return module
 
 
 def implementation(backend: str) -> Implementation:

@@ -26,10 +26,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from wcr_optim import eager, eager_units
+from wcr_optim.eager_units import number_of_units, of_layers
 from wcr_optim.layout import has_address, holds_rows_together, is_dense
-from wcr_optim.moments import eager_sums
-from wcr_optim.shrink import eager_shrink_, make_noise
-from wcr_optim.units import eager_shrink_units_, eager_unit_sums, number_of_units, of_layers
 
 SOURCE = Path(__file__).with_name("native.cpp")
 COMPILERS = ("c++", "g++", "clang++")
@@ -71,7 +70,7 @@ def sums(parts: Sequence[Tensor]) -> Tensor:
     result = torch.zeros(len(parts), 2, dtype=torch.float64, device="cpu")
     for dtype, index in _by_dtype(parts).items():
         layers = [parts[i] for i in index]
-        result[index] = eager_sums(layers) if dtype is None else _call("wcr_sums", [layers], None, NO_CUTOFF)
+        result[index] = eager.sums(layers) if dtype is None else _call("wcr_sums", [layers], None, NO_CUTOFF)
     return result
 
 
@@ -80,7 +79,7 @@ def shrink_(parts: Sequence[Tensor], gain: Tensor, threshold: Tensor, seed: int 
     for dtype, index in _by_dtype(parts).items():
         layers = [parts[i] for i in index]
         if dtype is None:
-            eager_shrink_(layers, gain[index], threshold[index], make_noise(layers, seed))
+            eager.shrink_(layers, gain[index], threshold[index], seed)
         else:
             _writes(layers)
             _call("wcr_shrink", [layers], *_rounding(seed), gain[index].float(), threshold[index].float(), NO_CUTOFF)
@@ -97,7 +96,7 @@ def unit_sums(parts: Sequence[Tensor], threshold: Tensor | None = None, cutoff: 
         layers, units = [parts[i] for i in index], [sizes[i] for i in index]
         bounds = None if threshold is None else of_layers(threshold, sizes, index)
         if dtype is None:
-            own = eager_unit_sums(layers, bounds, cutoff)
+            own = eager_units.unit_sums(layers, bounds, cutoff)
         else:
             bounds = None if bounds is None else bounds.float().contiguous()
             own = list(torch.split(_call("wcr_sums", [layers], bounds, ctypes.c_float(cutoff), units=units), units))
@@ -121,7 +120,7 @@ def shrink_units_(
         layers, units = [parts[i] for i in index], [sizes[i] for i in index]
         g, t = (of_layers(values, sizes, index) for values in (gain, threshold))
         if dtype is None:
-            eager_shrink_units_(layers, g, t, seed, cutoff)
+            eager_units.shrink_units_(layers, g, t, seed, cutoff)
         else:
             _writes(layers)
             factors, bounds = (x.float().contiguous() for x in (g, t))

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from wcr_optim import backends
+from wcr_optim import backends, layer_numbers
 from wcr_optim.fused import FusedUpdate
 from wcr_optim.invariance import invariant_units, one_threshold
 from wcr_optim.layout import local, random_streams
-from wcr_optim.moments import Moments, accumulator, counts, moments, of_sums
+from wcr_optim.moments import Moments, across_devices, counts, moments, of_sums
 from wcr_optim.penalties import L1, L2, HoyerSquare, InverseVariance, Penalty, PerUnit, Relative, ScaleFree
+from wcr_optim.precision import accumulator
 from wcr_optim.shrink import shrink_
 from wcr_optim.units import shrink_keeping_energy_, shrink_units_, spread, unit_moments
 from wcr_optim.uploads import select
@@ -127,6 +128,22 @@ class Decoupled(OptimizerWrapper):
         if isinstance(self.base, FusedUpdate):
             self.base.forget()
 
+    def concentration(self) -> Tensor:
+        """Measure how concentrated each layer under this penalty is, or, as l2 concentrates nothing, under the next."""
+        if isinstance(self.penalty, L2):
+            return super().concentration()
+        having = [group for group in self.param_groups if not _is_zero(group[self.penalty.option])]
+        weights = [
+            w.detach()
+            for group in having or self.param_groups
+            for w in group["params"]
+            if w.requires_grad and w.ndim >= group.get("min_ndim", self.penalty.min_ndim)
+        ]
+        if not weights:
+            raise ValueError("the optimizer holds no weights under its penalty; check requires_grad and min_ndim")
+        _, mu, q = across_devices(weights)
+        return torch.where(q == 0, 0.0, 1 - mu.square() / q).clamp_(min=0.0)
+
     def state_dict(self) -> dict[str, Any]:
         """Return the base's state_dict, the options in its groups included.
 
@@ -181,7 +198,7 @@ class Decoupled(OptimizerWrapper):
     def _flow(self, moments: Moments, s: Tensor, backend: str) -> tuple[Tensor, Tensor]:
         if torch.compiler.is_compiling():
             return self.penalty.flow(moments, s)
-        return backends.of_layers(backend).flow(self.penalty, moments, s)
+        return layer_numbers.implementation(backend).flow(self.penalty, moments, s)
 
     def _shrink(
         self, layers: list[Tensor], gain: Tensor, threshold: Tensor, seed: int | Tensor | None, backend: str

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from torch.optim import optimizer as torch_optimizer
 from torch.optim.sgd import sgd
 
-from wcr_optim import backends
+from wcr_optim import backends, layer_numbers
 from wcr_optim.layout import PLAIN, as_dtensor, has_address, is_dense, local, stamp
 from wcr_optim.moments import measure
 from wcr_optim.uploads import is_capturing, select
@@ -161,7 +161,7 @@ class FusedAdamW(FusedUpdate, torch.optim.AdamW):
     def _update(self, group: dict[str, Any], lists: list[list[Any]], shrinks: Shrinks) -> Tensor:
         params, grads, means, squares, _, steps = lists
         torch._foreach_add_(steps, 1)
-        coefficients = backends.of_layers(shrinks.backend).adamw_coefficients(
+        coefficients = layer_numbers.implementation(shrinks.backend).adamw_coefficients(
             shrinks.gain, shrinks.threshold, steps, group["lr"], group["weight_decay"], group["betas"]
         )
         return backends.implementation(shrinks.backend).adamw_(
@@ -214,7 +214,7 @@ class FusedSGD(FusedUpdate, torch.optim.SGD):
         return None if buffer is None else [w, w.grad, buffer]
 
     def _update(self, group: dict[str, Any], lists: list[list[Any]], shrinks: Shrinks) -> Tensor:
-        coefficients = backends.of_layers(shrinks.backend).sgd_coefficients(
+        coefficients = layer_numbers.implementation(shrinks.backend).sgd_coefficients(
             shrinks.gain, shrinks.threshold, group["lr"]
         )
         return backends.implementation(shrinks.backend).sgd_(

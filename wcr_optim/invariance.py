@@ -18,9 +18,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from wcr_optim.eager_units import number_of_units, rows_of, split_rows
 from wcr_optim.layout import as_dtensor, local, sum_over_shards
-from wcr_optim.moments import Moments, accumulator, compute_dtype
-from wcr_optim.units import add_over_ranks, number_of_units, rows_of, split_rows, spread
+from wcr_optim.moments import Moments
+from wcr_optim.precision import accumulator, compute_dtype
+from wcr_optim.units import add_over_ranks, spread
 from wcr_optim.uploads import upload
 
 LEAST_ENERGY = 0.25  # of a unit, in shares of its layer's mean unit

@@ -24,9 +24,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from wcr_optim import eager
 from wcr_optim.layout import flat, has_address, in_memory_order
-from wcr_optim.moments import eager_sums
-from wcr_optim.shrink import eager_shrink_, make_noise
 from wcr_optim.uploads import keep, on, pointers_to, select, upload
 
 BLOCK = 512  # weights at a time, four for each of a program's threads
@@ -437,7 +436,7 @@ def sums(parts: Sequence[Tensor]) -> Tensor:
     result = torch.zeros(len(parts), 2, dtype=torch.float64, device=device)
     rest = [i for i, w in enumerate(parts) if not fuses(w)]
     if rest:
-        result.index_copy_(0, upload(tuple(rest), torch.int64, device), eager_sums([parts[i] for i in rest]))
+        result.index_copy_(0, upload(tuple(rest), torch.int64, device), eager.sums([parts[i] for i in rest]))
     memory = [_without_gaps(w) for w in parts]  # copies, where memory has gaps, live until the kernels are launched
     with on(device):
         for launch in launches([memory]):
@@ -453,7 +452,7 @@ def shrink_(parts: Sequence[Tensor], gain: Tensor, threshold: Tensor, seed: int 
     rest = [i for i, w in enumerate(parts) if not fuses(w)]
     if rest:
         left = [parts[i] for i in rest]
-        eager_shrink_(left, select(gain, rest), select(threshold, rest), make_noise(left, seed))
+        eager.shrink_(left, select(gain, rest), select(threshold, rest), seed)
     memory = [_without_gaps(w) for w in parts]
     live_seed = on_device(seed, device)
     with on(device):

@@ -17,11 +17,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from wcr_optim.layout import as_dtensor, flat, local
-from wcr_optim.moments import moments
+from wcr_optim.layout import as_dtensor, flat
 from wcr_optim.parameters import Selector, prunable_weights
 from wcr_optim.tables import aligned
-from wcr_optim.uploads import select
+from wcr_optim.wrapper import no_penalty, outermost
 
 TAIL_ENERGY = 3e-3
 """Share of the energy that a model is expected to lose without noticing; see `LayerConcentration.lossless_sparsity`."""
@@ -193,41 +192,10 @@ def optimizer_concentration(optimizer: Optimizer) -> Tensor:
         >>> if step % 100 == 0:
         ...     writer.add_scalar("concentration", metrics.optimizer_concentration(optimizer).mean(), step)
     """
-    weights = _penalized(optimizer)
-    places: dict[torch.device, list[int]] = {}
-    for index, w in enumerate(weights):
-        places.setdefault(local(w).device, []).append(index)
-    parts = []
-    for indices in places.values():
-        _, mu, q = moments([weights[index] for index in indices])
-        parts.append(torch.where(q == 0, 0.0, 1 - mu.square() / q).clamp_(min=0.0))
-    order = [index for indices in places.values() for index in indices]
-    together = torch.cat([part.to(parts[0]) for part in parts])
-    return select(together, sorted(range(len(order)), key=order.__getitem__))
-
-
-def _penalized(optimizer: Optimizer) -> list[Tensor]:
-    from wcr_optim.strength import concentrating  # which comes after the optimizers, and they after this
-
-    below = concentrating(optimizer)
-    penalty = below.penalty
-    # A strength on a device is not read: that would wait for it.
-    having = [
-        group for group in below.param_groups if _on_a_device(group[penalty.option]) or group[penalty.option] != 0
-    ]
-    weights = [
-        w.detach()
-        for group in having or below.param_groups
-        for w in group["params"]
-        if w.requires_grad and w.ndim >= group.get("min_ndim", penalty.min_ndim)
-    ]
-    if not weights:
-        raise ValueError("the optimizer holds no weights under its penalty; check requires_grad and min_ndim")
-    return weights
-
-
-def _on_a_device(strength: float | Tensor) -> bool:
-    return isinstance(strength, Tensor) and strength.device.type != "cpu"
+    wrapper = outermost(optimizer)
+    if wrapper is None:
+        raise no_penalty(optimizer)
+    return wrapper.concentration()
 
 
 class _Spectrum:

@@ -8,22 +8,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from wcr_optim import backends
-from wcr_optim.layout import flat, local, pieces, sum_over_shards
-from wcr_optim.packing import Packed, batches
+from wcr_optim import backends, eager
+from wcr_optim.layout import flat, local, sum_over_shards
+from wcr_optim.precision import accumulator, compute_dtype
 from wcr_optim.uploads import upload
-
-# On the CPU several operations in turn read a chunk, so it and the buffer beside it must fit the caches; and each
-# operation must be worth its dispatch and the threads' meeting at its end. The float32 buffer takes 3 of the 4 MiB that
-# a step may hold. Sums run in the weights' precision within a chunk and in float64 across chunks: no rounding error
-# grows with the layer.
-CHUNK = 12 * 2**16
-# Layers up to this size are packed together, as many as fit a batch: their operations would cost more in dispatch than
-# in memory.
-SMALL = 2**14
-BATCH = 2**16
-# Where V falls below this share of q, the rounding errors of mu and q show in V = q - mu^2.
-CANCELS = 1e-2
 
 
 class Moments(NamedTuple):
@@ -76,6 +64,19 @@ def moments(tensors: Iterable[Tensor], smoothing: float = 0.0, *, backend: str =
     return of_sums(sums, layers)
 
 
+def across_devices(weights: Sequence[Tensor]) -> Moments:
+    """Measure weights, at least one, wherever they are; the moments are on the first one's device, nothing waits."""
+    device = local(weights[0]).device
+    places: dict[torch.device, list[int]] = {}
+    for index, w in enumerate(weights):
+        places.setdefault(local(w).device, []).append(index)
+    result = torch.empty(3, len(weights), dtype=accumulator(device), device=device)
+    for indices in places.values():
+        found = torch.stack(list(moments([weights[index] for index in indices])))
+        result.index_copy_(1, upload(tuple(indices), torch.int64, device), found.to(result))
+    return Moments(*result.unbind())
+
+
 def of_sums(sums: Tensor, tensors: Sequence[Tensor]) -> Moments:
     """Make moments of this rank's sums of m and m^2, shape (layers, 2)."""
     n = counts(tensors)
@@ -87,7 +88,7 @@ def measure(parts: Sequence[Tensor], backend: str) -> Tensor:
     """Sum m and m^2 of plain tensors on one device, shape (layers, 2), in the accumulator's precision."""
     with torch.no_grad():
         if backend == "eager":
-            return eager_sums(parts)
+            return eager.sums(parts)
         return backends.implementation(backend).sums(parts)
 
 
@@ -97,99 +98,10 @@ def counts(tensors: Sequence[Tensor]) -> Tensor:
     return upload(tuple([w.numel() for w in tensors]), accumulator(device), device)
 
 
-def accumulator(device: torch.device) -> torch.dtype:
-    """Precision of a layer's few numbers: V = q - mu^2 cancels, so float64 wherever the device has it."""
-    return torch.float32 if device.type == "mps" else torch.float64
-
-
-def eager_sums(parts: Sequence[Tensor]) -> Tensor:
-    """`measure` with torch's own kernels: in chunks on the CPU, one foreach call for each moment elsewhere."""
-    if parts[0].device.type != "cpu":
-        return foreach_sums(parts)
-    sums = [[0.0, 0.0]] * len(parts)
-    buffers: dict[torch.dtype, Tensor] = {}
-    for batch in batches(parts, range(len(parts)), SMALL, BATCH):
-        if batch.packed:
-            for i, pair in zip(batch.layers, _packed_sums([parts[i] for i in batch.layers]), strict=True):
-                sums[i] = pair
-        else:
-            (i,) = batch.layers
-            sums[i] = _chunked_sums(parts[i], chunk_buffer(parts[i], buffers))
-    for i, (w, (total, squares)) in enumerate(zip(parts, sums, strict=True)):
-        n = w.numel()
-        if n > 1 and squares - total * total / n < CANCELS * squares:
-            sums[i] = _centred_sums(w, total / n)
-    return torch.tensor(sums, dtype=torch.float64, device="cpu")
-
-
-def foreach_sums(parts: Sequence[Tensor]) -> Tensor:
-    """`measure` where a call is dear and memory is fast."""
-    device, to = parts[0].device, accumulator(parts[0].device)
-    result = torch.zeros(len(parts), 2, dtype=to, device=device)
-    for dtype in {compute_dtype(w) for w in parts}:
-        index = [i for i, w in enumerate(parts) if w.numel() and compute_dtype(w) == dtype]
-        if index:
-            layers = [parts[i] for i in index]
-            sums, roots = (torch.stack(torch._foreach_norm(layers, order, dtype=dtype)).to(to) for order in (1, 2))
-            result.index_copy_(0, upload(tuple(index), torch.int64, device), torch.stack([sums, roots.square()], dim=1))
-    return result
-
-
-def compute_dtype(w: Tensor) -> torch.dtype:
-    """Precision of arithmetic on weights: their own, at least float32."""
-    return torch.float64 if w.dtype == torch.float64 else torch.float32
-
-
-def chunk_buffer(w: Tensor, buffers: dict[torch.dtype, Tensor]) -> Tensor:
-    """Return the one buffer of a chunk's size for arithmetic on a layer's chunks."""
-    dtype = compute_dtype(w)
-    if dtype not in buffers:
-        buffers[dtype] = torch.empty(CHUNK, dtype=dtype, device="cpu")
-    return buffers[dtype]
-
-
-def shaped(buffer: Tensor, like: Tensor) -> Tensor:
-    """Return the beginning of a flat buffer in the shape of a chunk."""
-    return buffer if like.shape == buffer.shape else buffer[: like.numel()].view(like.shape)
-
-
-def _packed_sums(layers: Sequence[Tensor]) -> list[list[float]]:
-    packed = Packed(layers, compute_dtype(layers[0]))
-    magnitudes = packed.rows.abs_()
-    sums = magnitudes.sum(1).double()
-    by_row = torch.stack([sums, magnitudes.square_().sum(1).double()], dim=1)
-    by_layer = torch.zeros(len(layers), 2, dtype=torch.float64, device="cpu").index_add_(0, packed.layer, by_row)
-    result: list[list[float]] = by_layer.tolist()
-    return result
-
-
-def _chunked_sums(w: Tensor, buffer: Tensor) -> list[float]:
-    total = squares = 0.0
-    for chunk in pieces(w, CHUNK):
-        m = shaped(buffer, chunk)
-        if chunk.dtype == m.dtype:
-            torch.abs(chunk, out=m)
-        else:
-            m.copy_(chunk).abs_()
-        total += m.sum().item()
-        squares += m.square_().sum().item()
-    return [total, squares]
-
-
-def _centred_sums(w: Tensor, mu: float) -> list[float]:
-    """Sum m and m^2 by way of m - mu, whose squares are V and cancel nothing."""
-    n, total, squares = w.numel(), 0.0, 0.0
-    for chunk in pieces(w, CHUNK):
-        deviation = chunk.abs().to(compute_dtype(w)).sub_(mu)
-        total += deviation.sum().item()
-        squares += deviation.square_().sum().item()
-    return [total + n * mu, squares + 2 * mu * total + n * mu * mu]
-
-
 def _differentiable_sums(weights: Tensor, smoothing: float) -> Tensor:
     """Sum m and m^2 over a flat tensor, shape (2,)."""
     sums = []
-    for chunk in torch.split(weights, CHUNK):
+    for chunk in torch.split(weights, eager.CHUNK):
         w = chunk.to(compute_dtype(chunk))
         m = (w.square() + smoothing).sqrt() if smoothing else w.abs()
         sums += [m.sum(), m.square().sum()]

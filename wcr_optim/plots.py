@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
 from torch import nn
 
 from wcr_optim.metrics import TAIL_ENERGY, Concentration, EnergyCurve, concentration
-from wcr_optim.pruning.sweep import SweepResult
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -24,6 +23,22 @@ if TYPE_CHECKING:
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<")  # as many as have no factor in common with the colours
 _INSIDE = 7  # curves whose legend finds room inside the axes
+
+
+@runtime_checkable
+class Sweep(Protocol):
+    """What is drawn of a sweep, as `pruning.SweepResult` has it."""
+
+    @property
+    def sparsities(self) -> list[float]:
+        """The sparsities asked for."""
+
+    @property
+    def metrics(self) -> list[str]:
+        """The names of the metrics."""
+
+    def values(self, metric: str | None = None) -> list[float]:
+        """Return one metric at every sparsity, the first one if none is named."""
 
 
 def energy_curves(
@@ -72,7 +87,7 @@ def energy_curves(
 
 
 def sparsity_accuracy(
-    results: Mapping[str, SweepResult | Sequence[SweepResult] | Sequence[tuple[float, float]]],
+    results: Mapping[str, Sweep | Sequence[Sweep] | Sequence[tuple[float, float]]],
     path: str | os.PathLike[str] | None = None,
     ax: Axes | None = None,
     *,
@@ -222,22 +237,22 @@ def _curve(model: nn.Module | Concentration | EnergyCurve) -> EnergyCurve:
     return model.total.curve if isinstance(model, Concentration) else model
 
 
-def _sweeps(results: Iterable[Any]) -> Iterator[SweepResult]:
+def _sweeps(results: Iterable[Any]) -> Iterator[Sweep]:
     for result in results:
-        if isinstance(result, SweepResult):
+        if isinstance(result, Sweep):
             yield result
         else:
-            yield from (part for part in result if isinstance(part, SweepResult))
+            yield from (part for part in result if isinstance(part, Sweep))
 
 
 def _pairs(
-    result: SweepResult | Sequence[SweepResult] | Sequence[tuple[float, float]], metric: str | None
+    result: Sweep | Sequence[Sweep] | Sequence[tuple[float, float]], metric: str | None
 ) -> list[tuple[float, float]]:
-    if isinstance(result, SweepResult):
+    if isinstance(result, Sweep):
         return list(zip(result.sparsities, result.values(metric), strict=True))
     pairs = []
     for part in result:
-        pairs += _pairs(part, metric) if isinstance(part, SweepResult) else [part]
+        pairs += _pairs(part, metric) if isinstance(part, Sweep) else [part]
     return pairs
 
 

@@ -15,7 +15,7 @@ from wcr_optim.checks import check_number, check_whole
 from wcr_optim.decoupled import Decoupled
 from wcr_optim.layout import local
 from wcr_optim.penalties import L2
-from wcr_optim.wrapper import OptimizerWrapper
+from wcr_optim.wrapper import OptimizerWrapper, no_penalty, outermost
 
 SHAPES = ("constant", "linear", "cosine")
 
@@ -38,7 +38,7 @@ class Strengths:
 
     def __init__(self, optimizer: Optimizer) -> None:
         self.decoupled = concentrating(optimizer)
-        self.chain = _outermost(optimizer)
+        self.chain: OptimizerWrapper = outermost(optimizer) or self.decoupled
         self.option = self.decoupled.penalty.option
         self.given = [_number(group[self.option]) for group in self.groups]
         self.reference = max(self.given)
@@ -205,24 +205,12 @@ def concentrating(optimizer: Optimizer) -> Decoupled:
         TypeError: If it is no optimizer.
         ValueError: If there is no such penalty in its chain.
     """
-    if not isinstance(optimizer, Optimizer):
-        raise TypeError(f"expected an optimizer instance, got {optimizer!r}")
-    below: Any = optimizer
+    below = outermost(optimizer)
     while below is not None:
         if isinstance(below, Decoupled) and not isinstance(below.penalty, L2):
             return below
-        below = below.base if isinstance(below, OptimizerWrapper) else getattr(below, "optimizer", None)
-    raise ValueError(
-        f"{type(optimizer).__name__} has no decoupled penalty that could be driven or measured; wrap it: "
-        f'WCR({type(optimizer).__name__}(...), form="per_unit")'
-    )
-
-
-def _outermost(optimizer: Any) -> OptimizerWrapper:
-    """Return the outermost wrapper of ours, whatever has prepared it."""
-    while not isinstance(optimizer, OptimizerWrapper):
-        optimizer = optimizer.optimizer
-    return optimizer
+        below = outermost(below.base)
+    raise no_penalty(optimizer)
 
 
 def _number(strength: float | Tensor) -> float:

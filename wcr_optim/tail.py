@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from wcr_optim.layout import as_dtensor, flat, local, sum_over_shards
-from wcr_optim.moments import accumulator
+from wcr_optim.precision import accumulator
 from wcr_optim.uploads import keep, upload
 
 _CHUNK = 2**18  # weights of which copies are made at a time, for the CPU's caches

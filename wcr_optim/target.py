@@ -18,12 +18,11 @@ from wcr_optim.control import Cost, Driven, Loop
 from wcr_optim.decoupled import Place
 from wcr_optim.layout import local
 from wcr_optim.lr_compensation import LrCompensation, follows_the_gradient, usual_exponent
-from wcr_optim.moments import Moments, accumulator, moments
+from wcr_optim.moments import Moments, across_devices
 from wcr_optim.penalties import InverseVariance, Penalty, PerUnit
 from wcr_optim.strength import Strengths, check_total_steps
 from wcr_optim.tail import tails
 from wcr_optim.trend import LossTrend
-from wcr_optim.uploads import upload
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -398,7 +397,7 @@ class SparsityTarget:
         if not every:
             raise ValueError("the driven groups hold no weights that could be pruned; check requires_grad and min_ndim")
         device = local(every[0]).device
-        found = _moments(every, device)
+        found = torch.stack(list(across_devices(every)))
         measured = tails([s for s in sets if s], self.sparsity).to(device, found.dtype)
         loss = self._loss.window(device, found.dtype)
         seen_invariant = self._strengths.decoupled.seen_invariant if self._one_threshold else ()
@@ -454,15 +453,3 @@ class SparsityTarget:
         from wcr_optim.plots import training_curves
 
         return training_curves(self.history, path, accuracy, goal=self.tail_energy)
-
-
-def _moments(weights: Sequence[Tensor], device: torch.device) -> Tensor:
-    """Measure n, mu and q of weights on any devices, shape (3, layers)."""
-    places: dict[torch.device, list[int]] = {}
-    for index, w in enumerate(weights):
-        places.setdefault(local(w).device, []).append(index)
-    result = torch.empty(3, len(weights), dtype=accumulator(device), device=device)
-    for indices in places.values():
-        found = torch.stack(list(moments([weights[index] for index in indices])))
-        result.index_copy_(1, upload(tuple(indices), torch.int64, device), found.to(result))
-    return result

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from wcr_optim.moments import accumulator
+from wcr_optim.precision import accumulator
 
 SMOOTHING = 0.2  # weight of the newest window
 CONFIDENCE = 2.0  # standard errors that count as noise

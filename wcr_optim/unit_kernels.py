@@ -20,7 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from wcr_optim import kernels
+from wcr_optim import eager_units, kernels
+from wcr_optim.eager_units import number_of_units, of_layers
 from wcr_optim.kernels import (
     NARROW,
     SHRINK_BLOCK,
@@ -39,7 +40,6 @@ from wcr_optim.kernels import (
     written,
 )
 from wcr_optim.layout import holds_rows_together
-from wcr_optim.units import eager_shrink_units_, eager_unit_sums, number_of_units, of_layers
 from wcr_optim.uploads import on, upload
 
 # A program of the sums is one warp, which needs no other to add up a row.
@@ -225,7 +225,7 @@ def unit_sums(parts: Sequence[Tensor], threshold: Tensor | None = None, cutoff: 
             sums[i] = own
     if rest:
         own_bounds = None if threshold is None else of_layers(threshold, units, rest)
-        for i, own in zip(rest, eager_unit_sums([parts[i] for i in rest], own_bounds, cutoff), strict=True):
+        for i, own in zip(rest, eager_units.unit_sums([parts[i] for i in rest], own_bounds, cutoff), strict=True):
             sums[i] = own
     return sums
 
@@ -248,7 +248,7 @@ def shrink_units_(
     rest = [i for i, w in enumerate(parts) if not fuses(w)]
     if rest:
         own_gain, own_threshold = (of_layers(values, units, rest) for values in (gain, threshold))
-        eager_shrink_units_([parts[i] for i in rest], own_gain, own_threshold, seed, cutoff)
+        eager_units.shrink_units_([parts[i] for i in rest], own_gain, own_threshold, seed, cutoff)
     gains, thresholds = gain.contiguous(), threshold.contiguous()
     memory = [_in_rows(w) for w in parts]
     places = _places(memory, units)

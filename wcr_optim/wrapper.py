@@ -282,9 +282,10 @@ class OptimizerWrapper(Optimizer):
         Raises:
             ValueError: If there is no penalty in the chain.
         """
-        from wcr_optim.metrics import optimizer_concentration  # which comes after the optimizers
-
-        return optimizer_concentration(self)
+        below = outermost(self.base)
+        if below is None:
+            raise no_penalty(self)
+        return below.concentration()
 
     def state_dict(self) -> dict[str, Any]:
         """Return the base's state_dict, the options in its groups included."""
@@ -406,3 +407,25 @@ def _is_one(factor: float | Tensor) -> bool:
 def _is_one_of_several() -> bool:
     """Whether this process may have no part of a group, as under ZeroRedundancyOptimizer, that others have."""
     return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def outermost(optimizer: Optimizer) -> OptimizerWrapper | None:
+    """Return the outermost wrapper of ours, None if there is none; what Accelerate has prepared is looked through.
+
+    Raises:
+        TypeError: If it is no optimizer.
+    """
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(f"expected an optimizer instance, got {optimizer!r}")
+    below: Any = optimizer
+    while not (below is None or isinstance(below, OptimizerWrapper)):
+        below = getattr(below, "optimizer", None)
+    return below
+
+
+def no_penalty(optimizer: Optimizer) -> ValueError:
+    """Make the error for an optimizer that has no penalty in its chain."""
+    name = type(optimizer).__name__
+    return ValueError(
+        f'{name} has no decoupled penalty that could be driven or measured; wrap it: WCR({name}(...), form="per_unit")'
+    )

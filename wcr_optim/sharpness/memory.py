@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from wcr_optim.layout import flat, local, sum_over_shards
-from wcr_optim.moments import accumulator
+from wcr_optim.precision import accumulator
 
 # Elements that a thread works on at a time, so that what is read again comes from its cache. Up to this size torch uses
 # one thread.
