@@ -5,6 +5,7 @@ import os
 import pickle
 import subprocess
 import sys
+import zipfile
 
 import pytest
 import safetensors.torch
@@ -250,6 +251,7 @@ def test_as_a_program(checkpoint):
         lambda state: {"state": {"model": state}},
         lambda state: {"weights": state, "lr": 0.1},
         lambda state: {"model": state, "ema": state},
+        lambda state: {"model": state, "optimizer": {}, "best_val_loss": torch.tensor(1.5), "rng": torch.ones(9)},
     ],
 )
 def test_state_dicts_are_found(tmp_path, state, wrap, suffix):
@@ -265,13 +267,17 @@ def test_several_state_dicts_need_a_choice(capsys, tmp_path, state):
     assert "several, generator, discriminator; choose one with --key" in refused(capsys, "inspect", path)
     assert run_json(capsys, "inspect", path, "--key", "discriminator")["total"]["elements"] == 4
     assert "its entries are generator, discriminator" in refused(capsys, "inspect", path, "--key", "critic")
+    torch.save({"model": {"encoder": state, "decoder": {"w": torch.ones(2, 2)}}}, path)
+    assert "several, model.encoder, model.decoder; choose one with --key" in refused(capsys, "inspect", path)
+    assert run_json(capsys, "inspect", path, "--key", "model.decoder")["total"]["elements"] == 4
+    assert "gan.pt: model' has no state dict 'critic'" in refused(capsys, "inspect", path, "--key", "model.critic")
 
 
 def test_what_is_no_tensor_is_left_out_with_a_notice(tmp_path):
     torch.save({"w": torch.ones(2, 2), "epoch": 3, "name": "x"}, tmp_path / "x.pt")
     found, notices = read_checkpoint(tmp_path / "x.pt")
     assert list(found) == ["w"]
-    assert notices == ["left out, no tensors: epoch, name"]
+    assert notices == ["left out: epoch, name"]
 
 
 class Malicious:
@@ -353,6 +359,18 @@ def test_a_file_that_claims_more_than_it_stores_is_refused(capsys, tmp_path, com
     output = ["-o", tmp_path / "out.safetensors"] if command == "expand" else []
     assert "bytes and its tensors claim" in refused(capsys, command, tmp_path / "x.pt", *output)
     assert os.listdir(tmp_path) == ["x.pt"]
+
+
+@pytest.mark.parametrize("command", ["inspect", "expand"])
+def test_a_compressed_file_is_refused_before_it_takes_memory(capsys, tmp_path, monkeypatch, command):
+    torch.save({"w": torch.zeros(2**16)}, tmp_path / "plain.pt")
+    with zipfile.ZipFile(tmp_path / "plain.pt") as plain, zipfile.ZipFile(tmp_path / "x.pt", "w", 8) as packed:
+        for name in plain.namelist():
+            packed.writestr(name, plain.read(name))
+    monkeypatch.setattr(torch, "load", None)
+    output = ["-o", tmp_path / "out.safetensors"] if command == "expand" else []
+    assert "entries claim" in refused(capsys, command, tmp_path / "x.pt", *output)
+    assert not (tmp_path / "out.safetensors").exists()
 
 
 def test_views_of_moderate_size_are_read(tmp_path):

@@ -1,9 +1,13 @@
 """Files that appear whole or not at all, and safetensors; more of it is tested through `pruning.sparse_file`."""
 
+import errno
+import os
+
 import pytest
 import safetensors.torch
 import torch
 
+from wcr_optim import files
 from wcr_optim.files import WeightFileError, read_safetensors, write_safetensors, written_whole
 from wcr_optim.pruning import Masks, SweepResult, SweepRow
 
@@ -58,6 +62,30 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path, kind):
     with pytest.raises(IsADirectoryError, match=r"folder': it is a folder"):
         WRITERS[kind](tmp_path / "folder")
     assert [path.name for path in tmp_path.rglob("*")] == ["folder"]
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no named pipes here")
+@pytest.mark.parametrize("kind", list(WRITERS))
+def test_no_device_and_no_pipe_gives_way_to_a_file(tmp_path, kind):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to(tmp_path / "pipe")
+    for name in ("pipe", "link"):
+        with pytest.raises(OSError, match=rf"{name}': it is a device or a pipe"):
+            WRITERS[kind](tmp_path / name)
+    assert (tmp_path / "pipe").is_fifo()
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+@pytest.mark.parametrize("kind", list(WRITERS))
+def test_the_file_that_was_asked_for_is_named(tmp_path, monkeypatch, kind):
+    def full(path, mode="r", *arguments, **options):
+        if "x" in mode:
+            raise OSError(errno.ENOSPC, "No space left on device", path)
+        return open(path, mode, *arguments, **options)
+
+    monkeypatch.setattr(files, "open", full, raising=False)
+    with pytest.raises(OSError, match=r"No space left on device: '.*out'"):
+        WRITERS[kind](tmp_path / "out")
 
 
 @pytest.mark.parametrize("kind", list(WRITERS))

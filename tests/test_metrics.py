@@ -204,6 +204,11 @@ def test_errors_name_what_is_wrong(arguments, message):
         concentration(**arguments)
 
 
+def test_a_single_share_is_asked_for_as_a_sequence():
+    with pytest.raises(TypeError, match=r"top must be a sequence of shares such as \(0\.05,\), got 0\.05"):
+        concentration({"w": torch.ones(3)}, top=0.05)
+
+
 class TestOptimizer:
     def net(self):
         net = nn.Sequential(nn.Linear(400, 300), nn.LayerNorm(300), nn.Linear(300, 10), nn.Linear(10, 10))

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from wcr_optim.files import WeightFileError, read_safetensors
+from wcr_optim.files import WeightFileError, check_uncompressed, read_safetensors
 from wcr_optim.parameters import DTYPES, LORA, memory
 from wcr_optim.pruning import sparse_file
 
@@ -46,7 +46,8 @@ def read_checkpoint(path: str | os.PathLike[str], key: str | None = None) -> tup
 
     Args:
         path: The file.
-        key: Which entry of the file's dict holds the state dict; None looks for it (default: None)
+        key: Which entry of the file's dict holds the state dict, "outer.inner" for one within another; None looks for
+            it (default: None)
 
     Returns:
         CPU tensors by name, those that share memory in the file still sharing it, and notices of what was left out.
@@ -143,6 +144,7 @@ def _check_size(path: str | os.PathLike[str], state: Mapping[str, Tensor]) -> No
 
 
 def _unpickled(path: str | os.PathLike[str]) -> object:
+    check_uncompressed(path)
     # torch's own messages advise to load the file without protection: they are not passed on.
     try:
         with warnings.catch_warnings():
@@ -160,27 +162,39 @@ def _unpickled(path: str | os.PathLike[str]) -> object:
         raise WeightFileError(f"{os.fspath(path)!r} is damaged or not a file of torch.save: {reason}") from error
 
 
-def _state_dict(path: str, loaded: object, key: str | None) -> tuple[dict[str, Tensor], list[str]]:
+def _state_dict(path: str, loaded: object, key: str | None, place: str = "") -> tuple[dict[str, Tensor], list[str]]:
+    """Find the state dict in what a file holds, or in the entry at a place of it."""
     if not isinstance(loaded, Mapping):
         raise WeightFileError(f"{path!r} holds a {type(loaded).__name__}, not a state dict")
     if key is not None:
-        if key not in loaded or not isinstance(loaded[key], Mapping):
-            raise WeightFileError(f"{path!r} has no state dict {key!r}; its entries are {_listed(loaded)}")
-        return _state_dict(f"{path}: {key}", loaded[key], None)
+        return _state_dict(path, _entry(path, loaded, key), None, f"{key}.")
     state = {name: value for name, value in loaded.items() if isinstance(name, str) and isinstance(value, Tensor)}
-    others = [str(name) for name in loaded if name not in state]
-    if state:
-        return state, [f"left out, no tensors: {_listed(others)}"] if others else []
     inner = {name: value for name, value in loaded.items() if isinstance(value, Mapping) and _has_tensors(value)}
     chosen = next((name for name in _STATE_KEYS if name in inner), None)
+    if chosen is None and state:  # numbers of a training script may be tensors, too, beside its model's state dict
+        others = [str(name) for name in loaded if name not in state]
+        return state, [f"left out: {_listed(others)}"] if others else []
     if chosen is None and len(inner) == 1:
         (chosen,) = inner
     if chosen is None:
-        several = f"several, {_listed(inner)}; choose one with --key" if inner else f"none, but {_listed(loaded)}"
+        places = [f"{place}{name}" for name in inner]
+        several = f"several, {_listed(places)}; choose one with --key" if inner else f"none, but {_listed(loaded)}"
         raise WeightFileError(f"{path!r} should hold one state dict; it holds {several if loaded else 'an empty dict'}")
-    state, notices = _state_dict(path, inner[chosen], None)
+    state, notices = _state_dict(path, inner[chosen], None, f"{place}{chosen}.")
     rest = [str(name) for name in loaded if name != chosen]
     return state, [f"read {chosen!r}" + (f", left out {_listed(rest)}" if rest else ""), *notices]
+
+
+def _entry(path: str, loaded: Mapping[object, object], key: str) -> Mapping[object, object]:
+    """Return the mapping at a key, of which dots may lead into mappings within mappings."""
+    found = loaded.get(key)
+    if isinstance(found, Mapping):
+        return found
+    outer, _, rest = key.partition(".")
+    within = loaded.get(outer)
+    if rest and isinstance(within, Mapping):
+        return _entry(f"{path}: {outer}", within, rest)
+    raise WeightFileError(f"{path!r} has no state dict {key!r}; its entries are {_listed(loaded)}")
 
 
 def _has_tensors(value: Mapping[object, object]) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 import stat
+import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -36,7 +37,7 @@ def write_safetensors(arrays: dict[str, Tensor], path: str | os.PathLike[str], m
 
     Args:
         arrays: Contiguous tensors that share no memory.
-        path: Where to write. An existing file is replaced and keeps its permissions and the links to it.
+        path: Where to write. An existing file is replaced and keeps its permissions and the symbolic links to it.
         metadata: What the header says beside the tensors.
 
     Raises:
@@ -61,8 +62,8 @@ def written_whole(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Let a block write a file that appears only when the block is done, or not at all.
 
     Args:
-        path: Where to write. An existing file is replaced and keeps its permissions and the links to it; a new one gets
-            those of an ordinary new file.
+        path: Where to write. An existing file is replaced and keeps its permissions and the symbolic links to it; a new
+            one gets those of an ordinary new file.
 
     Yields:
         An empty file in the same folder to write to.
@@ -76,9 +77,14 @@ def written_whole(path: str | os.PathLike[str]) -> Iterator[Path]:
         raise FileNotFoundError(f"cannot write {os.fspath(path)!r}: there is no folder {os.fspath(target.parent)!r}")
     if target.is_dir():
         raise IsADirectoryError(f"cannot write {os.fspath(path)!r}: it is a folder")
+    if os.path.exists(path) and not os.path.isfile(path):  # which a file would take the place of
+        raise OSError(f"cannot write {os.fspath(path)!r}: it is a device or a pipe, no regular file")
     try:
-        with open(temporary, "xb") as file:
-            mode = os.fstat(file.fileno()).st_mode
+        try:
+            with open(temporary, "xb") as file:
+                mode = os.fstat(file.fileno()).st_mode
+        except OSError as error:  # which names a file that nobody asked for
+            raise OSError(error.errno, error.strerror, os.fspath(path)) from error
         if target.exists():
             mode = target.stat().st_mode
         yield temporary
@@ -116,6 +122,24 @@ def read_safetensors(path: str | os.PathLike[str]) -> tuple[dict[str, str], dict
             return dict(file.metadata() or {}), {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except Exception as error:
         raise WeightFileError(f"{os.fspath(path)!r} is not a sound safetensors file: {error}") from error
+
+
+def check_uncompressed(path: str | os.PathLike[str]) -> None:
+    """Raise WeightFileError if a file of torch.save would grow when it is read: its entries are stored as they are.
+
+    Compressed ones, and several that lie over each other, would take a thousand times the file's size of memory.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+    except zipfile.BadZipFile:
+        return  # of the format before, or damaged: torch.load tells
+    claimed = sum(entry.file_size for entry in entries)
+    if claimed > os.path.getsize(path) or any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+        raise WeightFileError(
+            f"refused {os.fspath(path)!r}: its entries claim {claimed} bytes of a file of {os.path.getsize(path)}; "
+            f"torch.save compresses nothing, so something else wrote or packed it: save it anew with torch.save"
+        )
 
 
 def _safetensors() -> Any:

@@ -144,6 +144,8 @@ def concentration(
         ValueError: If a share lies outside [0, 1], or if a weight is not finite, not real or sharded; the message
             names it.
     """
+    if not isinstance(top, Iterable):
+        raise TypeError(f"top must be a sequence of shares such as ({top!r},), got {top!r}")
     for option, value in (*(("top", share) for share in top), ("tail_energy", tail_energy)):
         if not 0.0 <= value <= 1.0:
             raise ValueError(f"{option} must lie in [0, 1], got {value!r}")

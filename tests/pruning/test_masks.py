@@ -5,6 +5,7 @@ import io
 import os
 import pickle
 import re
+import zipfile
 
 import numpy as np
 import pytest
@@ -174,6 +175,16 @@ def test_malformed_content_is_refused(tmp_path, change, message):
     torch.save({**SOUND, **change}, path)
     with pytest.raises(ValueError, match=re.escape(message)):
         Masks.load(path)
+
+
+def test_a_compressed_file_is_refused_before_it_takes_memory(tmp_path, monkeypatch):
+    torch.save(SOUND, tmp_path / "masks")
+    with zipfile.ZipFile(tmp_path / "masks") as plain, zipfile.ZipFile(tmp_path / "packed", "w", 8) as packed:
+        for name in plain.namelist():
+            packed.writestr(name, plain.read(name))
+    monkeypatch.setattr(torch, "load", None)
+    with pytest.raises(ValueError, match=r"torch\.save compresses nothing"):
+        Masks.load(tmp_path / "packed")
 
 
 def test_other_objects_are_refused(tmp_path):

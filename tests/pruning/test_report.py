@@ -84,6 +84,21 @@ def test_operations_of_recurrent_and_attention_layers():
     assert found.sparse_macs == sum(layer.sparse_macs for layer in found.layers) + scores
 
 
+def test_operations_of_weights_that_share_one_storage():
+    """As cuDNN has those of recurrent layers."""
+    lstm = nn.LSTM(6, 5)
+    x = torch.randn(3, 7, 6)
+    expected = report(lstm, magnitude_masks(lstm, 0.5), x)
+    flat, start = torch.cat([p.detach().flatten() for p in lstm.parameters()]), 0
+    for p in lstm.parameters():
+        p.data = flat[start : start + p.numel()].view(p.shape)
+        start += p.numel()
+    assert [layer.dense_macs for layer in expected.layers] == [3 * 7 * 20 * 6, 3 * 7 * 20 * 5]
+    assert report(lstm, magnitude_masks(lstm, 0.5), x) == expected
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert report(lstm, magnitude_masks(lstm, 0.5), x).dense_macs == expected.dense_macs
+
+
 def test_operations_under_autocast_and_of_a_compiled_model():
     model = network()
     x = torch.randn(2, 3, 8, 8)

@@ -164,6 +164,13 @@ def conv1d():
     return Conv1D(6, 8)
 
 
+def own_conv1d():
+    class Mine(type(conv1d())):
+        pass
+
+    return Mine(6, 8)
+
+
 LAYERS = {
     "linear": (lambda: nn.Linear(8, 6), {"weight": 1}),
     "conv": (lambda: nn.Conv2d(8, 4, 3), {"weight": 1}),
@@ -172,6 +179,7 @@ LAYERS = {
     "lstm": (lambda: nn.LSTM(8, 4), {"weight_ih_l0": 1, "weight_hh_l0": 1}),
     "attention": (lambda: nn.MultiheadAttention(8, 2), {"in_proj_weight": 1, "out_proj.weight": 1}),
     "gpt2": (conv1d, {"weight": 0}),
+    "a subclass of gpt2's": (own_conv1d, {"weight": 0}),
 }
 
 
@@ -225,6 +233,9 @@ def test_an_unknown_input_dimension_is_refused_by_name():
         n_m_masks(model)
     assert "exclude=['1.weight']" in str(error.value)
     assert list(n_m_masks(model, exclude=["1.weight"])) == ["0.weight"]
+    model[0].register_parameter("proj", nn.Parameter(torch.randn(4, 4)))  # x @ proj or x @ proj.T?
+    with pytest.raises(ValueError, match=r"0\.proj of Linear has 2 dimensions, and which of them is the input is not"):
+        n_m_masks(model, exclude=["1.weight"])
 
 
 @pytest.mark.parametrize("pattern", [(5, 4), (-1, 4), (0, 0), (1, -2)])

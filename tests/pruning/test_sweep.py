@@ -268,6 +268,16 @@ def test_a_single_sparsity_is_asked_for_as_a_list():
         sweep(network(), lambda pruned: 0.0, 0.5)
 
 
+@pytest.mark.parametrize("found", [None, (0.5, 0.6), {"loss": 0.5, "accuracy": None}, {"logits": torch.ones(2)}])
+def test_what_is_no_number_is_named(found):
+    model = network()
+    before = state(model)
+    name = "score" if not isinstance(found, dict) else list(found)[-1]
+    with pytest.raises(TypeError, match=rf"evaluate returned .* for '{name}' at sparsity 0\.5: it has to return a"):
+        sweep(model, lambda pruned: found, [0.5])
+    assert_as_before(model, before)
+
+
 def test_no_metrics_are_an_error():
     model = network()
     before = state(model)

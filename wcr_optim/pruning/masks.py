@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from wcr_optim.files import check_shape, written_whole
+from wcr_optim.files import check_shape, check_uncompressed, written_whole
 from wcr_optim.pruning.patterns import chunks, slabs
 
 _FORMAT = "wcr_optim.masks"
@@ -139,6 +139,7 @@ class Masks(Mapping[str, Tensor]):
             OSError: If it cannot be read.
         """
         with open(path, "rb") as file:
+            check_uncompressed(path)
             try:
                 shapes, bits = _checked(torch.load(file, map_location="cpu", weights_only=True))
             except Exception as error:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -242,20 +242,33 @@ class _ByWeight:
         self.formulas: dict[Any, _Formula] = {op: _Formula(self, formula) for op, formula in registry.items()}
         # Autocast computes with a copy of the weight. Copies are kept alive, so that none inherits another's address.
         self.formulas[torch.ops.aten._to_copy] = _Formula(self, self._follow)
-        self._names = {_address(local(tensor.detach())): name for name, tensor in weights.items()}
+        self._places: defaultdict[int, list[tuple[int, int, str]]] = defaultdict(list)
         self._copies: list[Tensor] = []
+        for name, tensor in weights.items():
+            self._note(local(tensor.detach()), name)
 
     def name_of(self, values: Iterable[Any]) -> str | None:
         """Return the weight whose memory one of the values is, seen in whatever shape."""
-        names = (self._names.get(_address(value)) for value in values if isinstance(value, Tensor))
-        return next((name for name in names if name is not None), None)
+        for value in values:
+            if isinstance(value, Tensor):
+                at = value.data_ptr()
+                for first, end, name in self._places.get(_storage(value), ()):
+                    if first <= at < end:
+                        return name
+        return None
 
     def _follow(self, source: Tensor, *, out_val: Tensor, **_: Any) -> int:
         name = self.name_of((source,))
         if name is not None:
             self._copies.append(out_val)
-            self._names[_address(out_val)] = name
+            self._note(out_val, name)
         return 0
+
+    def _note(self, tensor: Tensor, name: str) -> None:
+        """Remember where a weight lies: several may share one storage, as those of recurrent layers do on CUDA."""
+        last = sum((extent - 1) * stride for extent, stride in zip(tensor.shape, tensor.stride(), strict=True))
+        first = tensor.data_ptr()
+        self._places[_storage(tensor)].append((first, first + (last + 1) * tensor.element_size(), name))
 
 
 class _Formula:
@@ -273,7 +286,7 @@ class _Formula:
         return flops
 
 
-def _address(tensor: Tensor) -> int:
+def _storage(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
 
 

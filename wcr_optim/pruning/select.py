@@ -231,9 +231,13 @@ def _input_dimension(model: nn.Module, name: str, weight: Tensor) -> tuple[int, 
     owner = model.get_submodule(name.rpartition(".")[0])
     if isinstance(owner, _ConvTransposeNd):
         return 0, owner.groups
-    if type(owner).__name__ == "Conv1D" and hasattr(owner, "nf"):  # GPT-2's, without importing transformers
+    is_conv1d = any(kind.__name__ == "Conv1D" for kind in type(owner).__mro__)
+    if is_conv1d and hasattr(owner, "nf"):  # GPT-2's, without importing transformers
         return 0, 1
-    if isinstance(owner, _ConvNd) or weight.ndim == 2:
+    # What a layer calls its weight lies as in torch's own; a parameter by another name may be multiplied from either
+    # side, as CLIP's projections are.
+    known = isinstance(owner, (nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention)) or name.endswith("weight")
+    if isinstance(owner, _ConvNd) or (weight.ndim == 2 and known):
         return 1, 1
     raise ValueError(
         f"{name} of {type(owner).__name__} has {weight.ndim} dimensions, and which of them is the input is not known: "

@@ -219,7 +219,16 @@ def _metrics(found: float | Mapping[str, float], sparsity: float) -> dict[str, f
     found = found if isinstance(found, Mapping) else {"score": found}
     if not found:
         raise ValueError(f"evaluate returned no metrics at sparsity {sparsity:g}: it has to return a number or several")
-    return {name: float(value.detach() if isinstance(value, Tensor) else value) for name, value in found.items()}
+    metrics = {}
+    for name, value in found.items():
+        try:
+            metrics[name] = float(value.detach() if isinstance(value, Tensor) else value)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise TypeError(
+                f"evaluate returned {value!r} for {name!r} at sparsity {sparsity:g}: it has to return a number or "
+                f"several by name"
+            ) from error
+    return metrics
 
 
 def _prune_(tensor: Tensor, keeper: Keeper) -> None:
