@@ -44,7 +44,7 @@ PENALTIES: dict[str, Callable[[Optimizer, float], Optimizer]] = {
     "wcr_explicit": lambda base, strength: ExplicitStep(base, InverseVariance(), strength),
     "scale_free_in_loss": lambda base, strength: InLoss(base, ScaleFree(), strength),
     "scale_free_explicit": lambda base, strength: ExplicitStep(base, ScaleFree(), strength),
-    "target": lambda base, strength: WCR(base, strength or 1e-3, form="per_unit"),
+    "target": lambda base, strength: WCR(base, form="per_unit"),  # which finds its strength
 }
 PRUNING = ("random", "gradual")
 """Other ways to prune than once by magnitude: at random, or step by step during training (not one-shot)."""

@@ -1,5 +1,6 @@
 """Penalties as a step of their own: what they equal, what they leave alone, what they refuse."""
 
+import copy
 import math
 import warnings
 from itertools import pairwise
@@ -21,7 +22,7 @@ from reference import (
 from torch import nn
 from torch.optim import lr_scheduler
 
-from wcr_optim import SGD, WCR, AdamW, Decoupled, HoyerDecay, L1Decay, L2Decay, penalties
+from wcr_optim import SGD, WCR, AdamW, Decoupled, HoyerDecay, L1Decay, L2Decay, param_groups, penalties
 from wcr_optim.moments import moments
 
 WRAPPERS = {
@@ -520,6 +521,54 @@ def test_unknown_form_and_backend():
         SGD(small_net().parameters(), form="variance")
     with pytest.raises(ValueError, match="unknown backend 'cuda'; choose one of 'auto', 'eager'"):
         WCR(sgd(small_net()), backend="cuda")
+
+
+@pytest.mark.parametrize(
+    ("make", "strength"), [(WCR, 0.5), (HoyerDecay, 0.5), (L1Decay, 0.5), (SGD, 0.5), (AdamW, 1e-3)]
+)
+def test_a_strength_that_no_group_uses_is_told(make, strength):
+    net = small_net()
+    option = {HoyerDecay: "hoyer_decay", L1Decay: "l1_decay"}.get(make, "weight_concentration")
+
+    def made(**options):
+        groups = param_groups(net)
+        for group, own in zip(groups, (1e-2, 0.0), strict=True):
+            group[option] = own
+        is_wrapper = issubclass(make, Decoupled) and make not in (SGD, AdamW)
+        return make(torch.optim.SGD(groups, lr=0.1), **options) if is_wrapper else make(groups, lr=0.1, **options)
+
+    with pytest.warns(UserWarning, match=rf"{option}={strength} is used by no group, .* 0.01, 0.0: set it") as told:
+        made(**{option: strength})
+    assert told[0].filename == __file__
+    made()  # nobody chose one
+    made(**{option: 1e-2})
+    make_without = torch.optim.SGD([{"params": [w], option: 1.0} for w in net.parameters()][:2], lr=0.1)
+    make_without.add_param_group({"params": list(net.parameters())[2:]})
+    if make in (WCR, HoyerDecay, L1Decay):
+        make(make_without, strength)  # the last group takes it
+
+
+@pytest.mark.parametrize("make", [WCR, HoyerDecay, L1Decay, L2Decay])
+def test_what_param_groups_leaves_out_is_left_alone_by_every_penalty(make):
+    net = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, 8))
+    before = copy.deepcopy(net)
+    optimizer = make(torch.optim.SGD(param_groups(net, exclude="2"), lr=0.1))
+    for p in net.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    moved = [not torch.equal(p, q) for p, q in zip(net.parameters(), before.parameters(), strict=True)]
+    assert moved == [True, False, False, False, False, False]
+
+
+def test_a_learning_rate_of_any_real_type():
+    nets = [small_net(), small_net()]
+    for net, lr in zip(nets, (0.5, np.float32(0.5)), strict=True):
+        optimizer = WCR(torch.optim.SGD(net.parameters(), lr=0.1), 0.1)
+        optimizer.param_groups[0]["lr"] = lr
+        for p in net.parameters():
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+    assert all(torch.equal(p, q) for p, q in zip(*(net.parameters() for net in nets), strict=True))
 
 
 def test_a_penalty_class_or_a_name_instead_of_a_penalty():

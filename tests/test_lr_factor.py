@@ -321,6 +321,19 @@ class TestSparsityTarget:
         target.step()
         assert target.lr_factors()[0] == 0.5
 
+    def test_resumed_with_exponent_0_nothing_stays_raised(self):
+        _, optimizer, target, _ = driven("adamw", steps=60, tail_energy=0.1)
+        assert target.lr_factors()[0] > 1.0
+        state = target.state_dict()
+        resumed = SparsityTarget(optimizer, 0.9, 60, lr_exponent=0.0)
+        resumed.load_state_dict(state)
+        assert set(resumed.lr_factors()) == {1.0}
+        optimizer.param_groups[0][LR_FACTOR] = 0.5  # one's own
+        own = SparsityTarget(optimizer, 0.9, 60, lr_exponent=0.0)
+        resumed_own = SparsityTarget(optimizer, 0.9, 60, lr_exponent=0.0)
+        resumed_own.load_state_dict(own.state_dict())
+        assert resumed_own.lr_factors()[0] == 0.5
+
     def test_a_new_target_starts_at_1(self):
         _, optimizer, target, _ = driven("adamw", steps=60, tail_energy=0.1)
         assert target.lr_factors()[0] > 1.0

@@ -195,7 +195,7 @@ class TestStep:
     def test_a_compiled_step_gives_every_unit_its_own(self):
         nets = [normed(), normed()]
         for net, alike in zip(nets, ([(0, 0), (0, 1)], []), strict=True):
-            optimizer = WCR(torch.optim.SGD(param_groups(net), lr=1e-2), 0.5, form="per_unit")
+            optimizer = WCR(torch.optim.SGD(param_groups(net, weight_concentration=0.5), lr=1e-2), form="per_unit")
             optimizer.scale_invariant = alike
             gradients(net, 0)
             with warnings.catch_warnings():

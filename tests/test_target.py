@@ -130,6 +130,48 @@ class TestControl:
         assert 1e-12 < target.last_tail < target.tail_energy  # training fills zeros, by far less than is allowed
         assert target.strengths()[0] <= target._loops[0].first_level
 
+    def test_weights_that_are_all_frozen_for_a_time_stop_nothing(self):
+        net = student()
+        optimizer = WCR(BASES["adamw"](net.parameters()), form="per_unit")
+        target = SparsityTarget(optimizer, 0.9, 100, every=1)
+        target.step()
+        tail = target.last_tail
+        for frozen in (True, False):
+            for p in net.parameters():
+                p.requires_grad_(not frozen)
+            target.step()
+        assert target.steps == 3
+        assert target.last_tail == tail
+        assert len(target.history) == 2
+
+    def test_torchs_default_device_does_not_matter(self):
+        torch.set_default_device("meta")
+        try:
+            net = student().to_empty(device="cpu")
+            for p in net.parameters():
+                torch.nn.init.normal_(p)
+            optimizer = WCR(BASES["adamw"](net.parameters()), form="per_unit")
+            target = SparsityTarget(optimizer, 0.9, 100, every=1)
+            for _ in range(3):
+                target.step(torch.ones((), device="cpu"))
+            SparsityTarget(optimizer, 0.9, 100, every=1).load_state_dict(target.state_dict())
+        finally:
+            torch.set_default_device(None)
+        assert 0.0 < target.last_tail < 1.0
+
+    @pytest.mark.filterwarnings("ignore:pruning at sparsity")
+    def test_weights_that_are_not_finite_are_named_at_the_end(self):
+        net = student()
+        optimizer = WCR(BASES["adamw"](net.parameters()), form="per_unit")
+        target = SparsityTarget(optimizer, 0.9, 4, every=1)
+        target.step()
+        with torch.no_grad():
+            next(net.parameters()).fill_(math.nan)
+        target.step()
+        target.step()
+        with pytest.warns(UserWarning, match="none that were finite"):
+            target.step()
+
     def test_weights_that_overflow_for_a_moment_change_nothing(self):
         net = student()
         optimizer = WCR(BASES["sgd"](param_groups(net)), form="per_unit")

@@ -50,6 +50,19 @@ class TestRefusals:
         with pytest.raises(TypeError, match=rf"{name} must be a (whole )?number, got {re.escape(repr(bad))}"):
             SparsityTarget(self.optimizer(), **({"total_steps": 100} | {name: bad}))
 
+    def test_a_second_target_takes_over_and_the_first_says_so(self):
+        optimizer = self.optimizer()
+        first = SparsityTarget(optimizer, 0.5, 10)
+        second = SparsityTarget(optimizer, 0.9, 10)
+        strengths = second.strengths()
+        with pytest.raises(RuntimeError, match="another SparsityTarget was made for this optimizer"):
+            first.step()
+        assert second.strengths() == strengths
+        second.step()
+        copied, its_target = copy.deepcopy((optimizer, second))
+        its_target.step()
+        assert copied is not optimizer
+
     def test_numpys_numbers_are_numbers_and_a_checkpoint_loads_safely(self):
         optimizer = self.optimizer()
         target = SparsityTarget(

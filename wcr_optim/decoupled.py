@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import math
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from numbers import Real
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -94,6 +97,8 @@ class Decoupled(OptimizerWrapper):
 
     SparsityTarget says which. Inside a graph of torch.compile they get their own.
     """
+    driver: str = ""
+    """Name of the SparsityTarget that drives the strength, "" if none does."""
     cutoff: float = math.inf
     """Magnitude from which that one threshold spares weights; SparsityTarget sets it by what pruning will keep."""
     _outside_graphs: ClassVar[Callable[[Decoupled], None]]
@@ -114,7 +119,22 @@ class Decoupled(OptimizerWrapper):
         self.penalty = penalty
         self.stochastic_rounding = stochastic_rounding
         self.backend = backend
+        own = [group.get(penalty.option) for group in getattr(base, "param_groups", ())]  # before those without get it
         super().__init__(base, **{penalty.option: strength})
+        self._warn_of_no_use(strength, own)
+
+    def _warn_of_no_use(self, strength: float | Tensor, own: Sequence[Any]) -> None:
+        """Warn where a strength that somebody chose is that of no group, since all have one of their own."""
+        option = self.penalty.option
+        usual = inspect.signature(type(self).__init__).parameters.get(option)
+        if usual is None or isinstance(strength, Tensor) or strength == usual.default:
+            return
+        if own and not any(isinstance(x, Tensor) or x is None or x == strength for x in own):
+            warnings.warn(
+                f"{option}={strength!r} is used by no group, since all have one of their own, "
+                f"{', '.join(map(repr, own))}: set it there, as param_groups(model, weight_concentration=...) does",
+                stacklevel=3 + type(self).__mro__.index(Decoupled),
+            )
 
     def update(self) -> None:
         """Apply the penalty, then the base's update, in one pass over the weights where the base can fuse them."""
@@ -485,7 +505,7 @@ def concentration_penalty(form: str, eps: float, max_growth: float) -> Penalty:
 def _check_lr(lr: Any, where: str) -> None:
     if isinstance(lr, Tensor) and (lr.device.type != "cpu" or torch.compiler.is_compiling()):
         return  # reading it would wait for its device, or break the graph
-    if isinstance(lr, bool) or not isinstance(lr, (int, float, Tensor)):
+    if isinstance(lr, bool) or not isinstance(lr, (Real, Tensor)):
         raise TypeError(f"lr must be a number, got {lr!r} in {where}")
     if not 0.0 <= float(lr) < math.inf:
         raise ValueError(

@@ -81,7 +81,7 @@ def invariant_units(layers: Sequence[Tensor], units: Moments) -> Invariance:
     sums = sum_over_shards(sums, layers)
     hidden = (aligned < ALIGNED * both) & spread(sums[:, 0] < ALIGNED * sums[:, 1], layers)
     lift = (LEAST_ENERGY * spread(sums[:, 2] / sums[:, 3], layers) / energy).sqrt().clamp(1.0, MOST_LIFT)
-    many = upload(tuple([int(w.shape[0] >= LEAST_ROWS) for w in layers]), sums.dtype, sums.device)
+    many = upload(tuple([int(w.ndim > 0 and w.shape[0] >= LEAST_ROWS) for w in layers]), sums.dtype, sums.device)
     return Invariance(torch.where(hidden & lift.isfinite(), lift, 1.0), sums[:, 0] < many * LAYER_ALIGNED * sums[:, 1])
 
 

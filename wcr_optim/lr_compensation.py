@@ -82,9 +82,10 @@ class LrCompensation:
         """Go on from a state, that of an earlier version without compensation too."""
         self._first_density = dict(state_dict.get("first_density", ()))
         factors = state_dict.get("lr_factors", ())
+        undone = not self.exponent and self._first_density  # what an exponent had raised, nothing would move again
         for index in self._strengths.driven():
             if index < len(factors):
-                self._set(index, factors[index])
+                self._set(index, 1.0 if undone else factors[index])
 
     def _set(self, index: int, factor: float) -> None:
         present = self._strengths.groups[index].get(LR_FACTOR, 1.0)

@@ -19,10 +19,14 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from wcr_optim.checks import check_number
 from wcr_optim.layout import as_dtensor, in_memory_order
 
 Selector: TypeAlias = "str | re.Pattern[str] | type[nn.Module] | nn.Module | Tensor"
 """One entry of ``exclude`` or ``include``: a dotted name, a pattern, a module type, a module or a parameter."""
+
+STRENGTHS = ("weight_decay", "weight_concentration", "l1_decay", "l2_decay", "hoyer_decay")
+"""What the strengths of decay and of every penalty here are called in an optimizer's groups."""
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 """The dtypes of weights that can be ranked by magnitude."""
@@ -83,7 +87,8 @@ def param_groups(
     """Divide a model's parameters for an optimizer: weights to regularize, and the rest.
 
     The weights of `prunable_weights` get the given strengths; biases, norms, embeddings and what is excluded get
-    zero. Frozen parameters are in no group, shared ones in one group once.
+    zero, of every penalty here. The strengths stand in the groups, so they come before one that is given to the
+    optimizer around them. Frozen parameters are in no group, shared ones in one group once.
 
     Args:
         model: The model; ``torch.compile`` and data-parallel wrappers around it are looked through.
@@ -93,7 +98,8 @@ def param_groups(
         include: Regularize only these, in the same forms; None stands for the whole model (default: None)
 
     Returns:
-        One or two groups, ``{"params", "weight_decay", "weight_concentration"}``, none of them empty.
+        One or two groups, ``{"params", "weight_decay", "weight_concentration"}``, the second with a zero for each of
+        STRENGTHS; none of them empty.
 
     Raises:
         ValueError: If a strength is negative or not finite, if the model has nothing to train, and as
@@ -104,7 +110,7 @@ def param_groups(
         >>> optimizer = WCR(torch.optim.SGD(groups, lr=0.1, momentum=0.9))
     """
     for option, value in (("weight_decay", weight_decay), ("weight_concentration", weight_concentration)):
-        if not 0.0 <= value < math.inf:
+        if not 0.0 <= check_number(option, value) < math.inf:
             raise ValueError(f"{option} must be a finite number of at least 0, got {value!r}")
     trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     if not trainable:
@@ -118,7 +124,7 @@ def param_groups(
             "weight_decay": weight_decay,
             "weight_concentration": weight_concentration,
         },
-        {"params": rest, "weight_decay": 0.0, "weight_concentration": 0.0},
+        {"params": rest, **dict.fromkeys(STRENGTHS, 0.0)},
     ]
     return [group for group in groups if group["params"]]
 

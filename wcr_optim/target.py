@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any, NamedTuple
+from uuid import uuid4
 
 import torch
 from torch import Tensor
@@ -32,6 +33,7 @@ MEASUREMENTS = 100
 
 NORMALIZED_TAIL, PLAIN_TAIL = 3e-3, 1e-3  # goals around Adam, which moves what shall stay small as well, and around SGD
 SPARED = 2.0  # times the magnitude below which weights will be pruned: from there on one threshold spares them
+NO_WEIGHTS = "there were no weights to drive, or none that were finite and not all zero"
 RECENT = 3  # measurements since which the smoothed loss shall have fallen
 
 
@@ -175,6 +177,7 @@ class SparsityTarget:
         self._lr_compensation = LrCompensation(self._strengths, self.sparsity, self.lr_exponent)
         # Where each layer has a goal of its own, units keep the thresholds of their own flow.
         self._one_threshold = scope == "global" and isinstance(self._penalty, PerUnit)
+        base.driver = self._name = uuid4().hex
         base.scale_invariant = base.seen_invariant = ()  # what another object before this one said
         base.cutoff = math.inf
         self.steps = 0
@@ -212,8 +215,14 @@ class SparsityTarget:
 
         Raises:
             ValueError: If the loss is missing and max_dense_cost needs it, or is not one number.
+            RuntimeError: If another object drives the optimizer by now.
 
         """
+        if self._strengths.decoupled.driver != self._name:
+            raise RuntimeError(
+                "another SparsityTarget was made for this optimizer since, and both would set its strengths: call "
+                "step() of that one alone"
+            )
         if loss is None and self.max_dense_cost is not None:
             raise ValueError(f"max_dense_cost={self.max_dense_cost!r} needs the training loss: call step(loss)")
         if loss is not None:
@@ -288,7 +297,9 @@ class SparsityTarget:
         if self._one_threshold:
             known, seen = (state_dict.get(key, ()) for key in ("scale_invariant", "seen_invariant"))  # from before them
             base.scale_invariant = [(group, place) for group, place in known]
-            base.seen_invariant = [([(group, place)], torch.tensor([invariant])) for group, place, invariant in seen]
+            base.seen_invariant = [
+                ([(group, place)], torch.tensor([invariant], device="cpu")) for group, place, invariant in seen
+            ]
             base.cutoff = state_dict.get("cutoff", math.inf)
         self._ask_for_lifts()
 
@@ -341,6 +352,8 @@ class SparsityTarget:
 
     def _control(self) -> None:
         layers = [self._layers(loop) for loop in self._loops]
+        if self.history and not any(layers):
+            return  # all of them frozen for a time
         measured = self._measure(layers)
         if measured.seen_invariant:
             seen = measured.seen_invariant.items()
@@ -357,9 +370,11 @@ class SparsityTarget:
         ):
             lr = max(float(self._strengths.groups[index]["lr"]) for index in loop.groups)
             if not (math.isfinite(energies[1]) and energies[1] > 0.0 and lr >= 0.0):
-                if not loop.has_begun and lr > 0.0:
-                    loop.obstacle = "there were no weights to drive, or none that were finite and not all zero"
+                if lr > 0.0:
+                    loop.obstacle = NO_WEIGHTS
                 continue  # an overflow under way, or nothing to prune: no reason to move
+            if loop.obstacle == NO_WEIGHTS:
+                loop.obstacle = ""
             pruned, total = pruned + energies[0], total + energies[1]
             loop.tail = energies[0] / energies[1]
             names = [name for name, _, _ in named]
@@ -385,7 +400,7 @@ class SparsityTarget:
             self._strengths.share(index) * (float(self._strengths.groups[index]["lr"]) / lr if lr else 1.0)
             for index in groups
         ]
-        return torch.tensor(shares, dtype=torch.float64)
+        return torch.tensor(shares, dtype=torch.float64, device="cpu")
 
     def _measure(self, layers: Sequence[Sequence[tuple[str, int, Tensor]]]) -> _Measurement:
         """Measure all loops with one copy to the host."""

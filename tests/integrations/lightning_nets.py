@@ -94,7 +94,8 @@ def fit(module, *callbacks, batches=BATCHES, validate=None, ckpt_path=None, **op
     """Train a module by Lightning from a fixed random state; return the trainer."""
     torch.manual_seed(3)
     run = trainer(*callbacks, **options)
-    run.fit(module, train_loader(batches), validate or val_loader(), ckpt_path=ckpt_path, weights_only=True)
+    validate = val_loader() if validate is None else validate
+    run.fit(module, train_loader(batches), validate, ckpt_path=ckpt_path, weights_only=True)
     return run
 
 

@@ -221,6 +221,27 @@ def test_resume_is_bit_exact(name, tmp_path):
         assert straight_callbacks[0].target.state_dict() == resumed_callbacks[0].target.state_dict()
 
 
+class Alternating(Manual):
+    """Two optimizers in manual optimization, both stepping at every batch."""
+
+    def training_step(self, batch, batch_idx):
+        for optimizer in self.optimizers():
+            optimizer.zero_grad()
+            self.manual_backward(self.loss(batch))
+            optimizer.step()
+
+    def configure_optimizers(self):
+        return [driven(self), OPT.SGD(self.net.parameters(), lr=0.01)]
+
+
+@pytest.mark.parametrize("kind", [Net, Alternating])
+def test_a_target_that_begins_at_a_checkpoint_has_the_steps_that_are_left(kind, tmp_path):
+    fit(kind(driven), max_epochs=3).save_checkpoint(tmp_path / "without.ckpt")
+    callback = SparsityTargetCallback(0.5, tail_energy=0.1)
+    fit(kind(driven), callback, max_epochs=4, ckpt_path=tmp_path / "without.ckpt")
+    assert callback.target.steps == callback.target.total_steps == BATCHES
+
+
 @pytest.mark.parametrize("used", [True, False])
 def test_a_checkpoint_that_was_tested_is_not_what_the_next_run_goes_on_with(used, tmp_path):
     class Tested(Net):

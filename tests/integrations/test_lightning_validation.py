@@ -3,9 +3,11 @@
 import importlib
 import sys
 
+import numpy as np
 import pytest
 import torch
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, ModelCheckpoint
+from lightning.pytorch.utilities import CombinedLoader
 from lightning_nets import FILTERS, Net, fit, trainer, val_loader
 from reference import assert_same, small_batch
 from torch import nn
@@ -130,6 +132,153 @@ def test_several_loaders_and_limits():
     assert found["same_at_0.5"].item() == pytest.approx(first)
 
 
+def loaders_of(form):
+    long, short = val_loader(4), DataLoader([small_batch(7), small_batch(8)], batch_size=None)
+    if form == "nested":
+        return [long, [short, long]]
+    named = {"a": long, "b": short}
+    return named if form == "dict" else CombinedLoader(named, form)
+
+
+@pytest.mark.parametrize("form", ["dict", "nested", "sequential", "min_size", "max_size", "max_size_cycle"])
+def test_every_form_of_loaders(form):
+    class Any(Net):
+        def validation_step(self, batch, batch_idx, dataloader_idx=0):
+            for name, part in batch.items() if isinstance(batch, dict) else [("loss", batch)]:
+                if part is not None:  # an exhausted loader's
+                    self.log(f"val_{name}", self.loss(part), batch_size=len(part[0]))
+            self.log("batches", 1.0, reduce_fx="sum", batch_size=1)
+
+    run = fit(Any(make), PrunedEvaluationCallback((0, 0.5)), validate=loaders_of(form), limit_val_batches=3)
+    found = {name: value.item() for name, value in run.callback_metrics.items() if name != "train_loss"}
+    dense = {name for name in found if "_at_" not in name}
+    assert any(name.startswith("batches") for name in dense)
+    for name in dense:
+        name, loader, index = name.partition("/")
+        assert found[f"{name}_at_0{loader}{index}"] == found[f"{name}{loader}{index}"]
+        assert f"{name}_at_0.5{loader}{index}" in found
+    assert len(found) == 3 * len(dense)
+
+
+class Collects(Net):
+    """Computes metrics when the epoch ends, of what the steps have collected in every way there is."""
+
+    def __init__(self, make):
+        super().__init__(make)
+        self.outputs, self.nested = [], {"losses": []}
+        self.register_buffer("hits", torch.zeros(()), persistent=False)
+
+    def on_validation_epoch_start(self):
+        self.count, self.sum, self.sums, self.array = 0, torch.zeros(()), {"loss": torch.zeros(())}, np.zeros(1)
+        self.reached, self.hits = set(), torch.zeros(())
+
+    def validation_step(self, batch, batch_idx):
+        loss = self.loss(batch)
+        self.outputs.append(loss)
+        self.nested["losses"].append(loss)
+        self.hits += loss
+        self.count += 1
+        self.sum += loss
+        self.sums["loss"] += loss
+        self.array += loss.item()
+        self.reached.add(loss.item())
+        if (self.net[0].weight == 0).any():
+            self.pruned = True
+        self.log("val_loss", loss)
+
+    def on_validation_epoch_end(self):
+        assert not hasattr(self, "pruned")
+        self.log("list", torch.stack(self.outputs).mean())
+        self.log("nested", torch.stack(self.nested["losses"]).mean())
+        self.log("size", float(len(self.nested["losses"])))
+        self.log("distinct", float(len(self.reached)))
+        for name, total in {"buffer": self.hits, "tensor": self.sum, "dict": self.sums["loss"]}.items():
+            self.log(name, total / self.count)
+        self.log("array", self.array.item() / self.count)
+        self.outputs.clear()
+        self.nested["losses"] = []
+
+
+@pytest.mark.parametrize("how", ["fit", "validate"])
+def test_what_the_module_collects_is_of_the_dense_model(how):
+    found = []
+    for callbacks in ((), (PrunedEvaluationCallback((0.5, 0.9)),)):
+        torch.manual_seed(3)
+        module, run = Collects(make), trainer(*callbacks)
+        if how == "fit":
+            run.fit(module, rows_loader(shuffle=False), val_loader(3))
+        else:
+            run.validate(module, val_loader(3), verbose=False)
+        found.append({name: value.item() for name, value in run.callback_metrics.items()})
+    dense, both = found
+    assert dense["size"] == dense["distinct"] == 3.0
+    assert {name: value for name, value in both.items() if "_at_" not in name} == dense
+    assert "val_loss_at_0.9" in both
+
+
+def test_what_others_hold_too_is_put_back_in_place():
+    class Held(Net):
+        def __init__(self, make):
+            super().__init__(make)
+            self.outputs = []
+            self.register_buffer("hits", torch.zeros(()))
+            self.held = (self.outputs, self.hits)
+
+        def validation_step(self, batch, batch_idx):
+            outputs, hits = self.held
+            outputs.append(batch_idx)
+            hits += 1
+            self.log("val_loss", self.loss(batch))
+
+    module = Held(make)
+    outputs, hits = module.held
+    fit(module, PrunedEvaluationCallback((0.5,)), max_epochs=1)
+    assert module.outputs is outputs
+    assert module.hits is hits
+    assert outputs == [0, 1]
+    assert hits == 2
+
+
+def test_nothing_logged_is_said_once():
+    class Silent(Collects):
+        def log(self, name, *args, **options):
+            if name != "val_loss":
+                super().log(name, *args, **options)
+
+        def validation_step(self, batch, batch_idx):
+            self.outputs.append(self.loss(batch))
+
+        def on_validation_epoch_end(self):
+            self.log("epoch_loss", torch.stack(self.outputs).mean())
+            self.outputs.clear()
+
+    with pytest.warns(UserWarning, match=r"validation_step logs nothing.*call self\.log in validation_step") as caught:
+        run = fit(Silent(make), PrunedEvaluationCallback((0.5, 0.9)))
+    assert sum("validation_step" in str(warning.message) for warning in caught) == 1
+    assert "epoch_loss" in run.callback_metrics
+
+
+def test_averaged_weights():
+    pruned, averaging = PrunedEvaluationCallback((0, 0.5)), EMAWeightAveraging(decay=0.5)
+    run = fit(Net(make), pruned, averaging)
+    assert run.callback_metrics["val_loss_at_0"] == run.callback_metrics["val_loss"]
+    with pytest.raises(ValueError, match="put PrunedEvaluationCallback before EMAWeightAveraging"):
+        fit(Net(make), averaging, pruned)
+    with pytest.raises(ValueError, match="put PrunedEvaluationCallback before EMAWeightAveraging"):
+        trainer(averaging, pruned).validate(Net(make), val_loader(), verbose=False)
+
+
+@pytest.mark.filterwarnings("ignore:You are using the `dataloader_iter` step flavor")
+def test_steps_that_fetch_batches_themselves_are_refused():
+    class Fetches(Net):
+        def validation_step(self, dataloader_iter):
+            batch, _, _ = next(dataloader_iter)
+            self.log("val_loss", self.loss(batch), batch_size=1)
+
+    with pytest.raises(ValueError, match="takes a dataloader_iter: have it take batch and batch_idx"):
+        fit(Fetches(make), PrunedEvaluationCallback((0.5,)))
+
+
 def test_running_statistics():
     class Normed(Net):
         def __init__(self, make):
@@ -196,14 +345,17 @@ def test_an_exception_restores_everything():
     class Fails(Net):
         def validation_step(self, batch, batch_idx):
             if (self.net[0].weight == 0).any():
+                self.outputs.append(batch_idx)
                 raise RuntimeError("on purpose")
             self.weight = self.net[0].weight.clone()
+            self.outputs = []
             super().validation_step(batch, batch_idx)
 
     module = Fails(make)
     with pytest.raises(RuntimeError, match="on purpose"):
         fit(module, PrunedEvaluationCallback((0.5,)))
     assert torch.equal(module.net[0].weight, module.weight)
+    assert module.outputs == []
     assert "log" not in vars(module)
 
 
@@ -214,6 +366,8 @@ def test_bad_arguments():
         PrunedEvaluationCallback(())
     with pytest.raises(ValueError, match="scope"):
         PrunedEvaluationCallback((0.5,), scope="all")
+    with pytest.raises(TypeError, match=r"sparsities must be a sequence of numbers, got 0\.9; .* write \(0\.9,\)"):
+        PrunedEvaluationCallback(0.9)
 
 
 def test_without_lightning(monkeypatch):

@@ -431,6 +431,33 @@ class TestPrunedEvaluation:
             assert len(logged(trainer, key)) == 3
         assert trainer.state.best_metric == min(logged(trainer, "eval_b_loss_at_0.9"))
 
+    def test_names_of_metrics_that_look_like_the_trainers(self, tmp_path):
+        def own(_):
+            return {"total_runtime": 1.0, "mask_loss": 2.0}
+
+        trainer = trainer_of(tmp_path, network())
+        trainer.compute_metrics = own
+        trainer.add_callback(PrunedEvaluationCallback(trainer, [0.5]))
+        found = trainer.evaluate(metric_key_prefix="held_out")
+        names = {"held_out_loss", "held_out_total_runtime", "held_out_mask_loss"}
+        assert {key for key in found if "_at_" in key} == {f"{name}_at_0.5" for name in names}
+
+    @pytest.mark.parametrize("loss", [True, False])
+    def test_an_evaluation_without_speed(self, loss, tmp_path):
+        class Own(Trainer):
+            def evaluate(self, *_, **__):
+                metrics = self.evaluation_loop(self.get_eval_dataloader(), "Own").metrics if loss else {"score": 1.0}
+                self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+                return metrics
+
+        trainer = Own(network(), arguments(tmp_path), eval_dataset=text(16, seed=2))
+        trainer.add_callback(PrunedEvaluationCallback(trainer, [0.5]))
+        if loss:
+            assert "eval_loss_at_0.5" in trainer.evaluate()
+        else:
+            with pytest.raises(ValueError, match=r"no metric of \['score'\] is called PREFIX_loss"):
+                trainer.evaluate()
+
     def test_ssam_is_evaluated_at_its_true_weights_and_trains_on(self, tmp_path):
         plain, framed = network(), network()
         optimizer = WCR(SSAM(sgd(groups_of(plain))))
@@ -459,6 +486,8 @@ class TestPrunedEvaluation:
             PrunedEvaluationCallback(trainer, [1.5])
         with pytest.raises(ValueError, match="exclude matches nothing"):
             PrunedEvaluationCallback(trainer, [0.5], exclude="head")
+        with pytest.raises(TypeError, match=r"got 0\.9; for one sparsity write \(0\.9,\)"):
+            PrunedEvaluationCallback(trainer, 0.9)
 
 
 class TestSharpness:

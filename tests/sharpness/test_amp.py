@@ -193,6 +193,52 @@ def test_bfloat16_autocast(name):
     assert losses[-1] < 0.75 * losses[0]
 
 
+@pytest.mark.parametrize("by_hand", [False, True])
+@pytest.mark.parametrize("make", [SAM, SparseSAM, CrAM])
+def test_a_step_inside_an_autocast_region_sees_the_moved_weights(make, by_hand):
+    """Autocast keeps its copies of the weights for the length of a region."""
+    inside, outside = [], []
+    for losses, around_step in ((inside, True), (outside, False)):
+        torch.manual_seed(0)
+        model = net(torch.float32)
+        optimizer = make(base_of(model.parameters()), rho=0.5)
+        x, y = batch(0, torch.float32)
+
+        def closure():
+            optimizer.zero_grad()  # noqa: B023
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = (model(x) - y).float().square().mean()  # noqa: B023
+            loss.backward()
+            losses.append(loss.item())  # noqa: B023
+            return loss
+
+        with torch.autocast("cpu", torch.bfloat16, enabled=around_step):
+            for _ in range(2):
+                if by_hand:
+                    closure()
+                    optimizer.first_step()
+                    closure()
+                    optimizer.second_step()
+                else:
+                    optimizer.step(closure)
+                torch.clear_autocast_cache()  # of the base's own update no wrapper can know
+    assert inside == outside
+    assert inside[0] != inside[1]
+
+
+@pytest.mark.parametrize("make", [SAM, SparseSAM])
+@pytest.mark.parametrize("size", [0.0, 1e-7])
+def test_the_smallest_gradients_of_float16_weights(make, size):
+    w = torch.nn.Parameter(torch.ones(8, 8, dtype=torch.float16))
+    optimizer = make(torch.optim.SGD([w], lr=0.1), rho=2.0, **({"sparsity": 0.0} if make is SparseSAM else {}))
+    w.grad = torch.full_like(w, size)
+    optimizer.first_step()
+    moved = w.detach() - 1
+    expected = 2.0 * size / (8 * w.grad[0, 0].item() + 1e-12) if size else 0.0
+    assert moved.isfinite().all()
+    torch.testing.assert_close(moved, torch.full_like(w, expected), rtol=0.2, atol=0.0)
+
+
 @pytest.mark.parametrize("make", [SAM, SparseSAM, CrAM])
 def test_second_step_refuses_scaled_gradients(make):
     model = net(torch.float32)

@@ -52,6 +52,14 @@ def test_a_closure_that_does_nothing(name):
         optimizer.step(lambda: None)
 
 
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_clearing_in_place_past_the_optimizer_is_refused_with_the_way_out(name):
+    net, optimizer = made(name)
+    backward(net, 1)
+    with pytest.raises(RuntimeError, match=r"or cleared them in place .* have it call optimizer\.zero_grad\(\)"):
+        optimizer.step(lambda: (net.zero_grad(set_to_none=False), backward(net, 2))[1])
+
+
 @pytest.mark.parametrize("how", ["optimizer", "optimizer_zeros", "model", "loop", "loop_zeros"])
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_every_usual_way_of_clearing(name, how):

@@ -176,6 +176,19 @@ def test_a_failed_load_changes_nothing(name):
     assert_equal(model, twin)
 
 
+def test_a_copy_of_ssam_notices_edits_of_perturbed_weights():
+    model = net()
+    optimizer = SSAM(base_of(model.parameters()), 0.1)
+    train(model, optimizer, range(2), closure=False)
+    copied, its_optimizer = copy.deepcopy((model, optimizer))
+    weight = next(copied.parameters())
+    with torch.no_grad():
+        weight.zero_()
+    with pytest.warns(UserWarning, match="1 parameters were written"), its_optimizer.true_weights():
+        assert not weight.any()
+    assert next(model.parameters()).any()
+
+
 def test_ssam_rolled_back_in_place():
     """Weights and state of an earlier step, loaded into the running objects in any order."""
     model, optimizer = make("ssam", "adamw")

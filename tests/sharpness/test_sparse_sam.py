@@ -10,7 +10,7 @@ from sharpness_reference import base_of, batch, closure_of, gradients_at, groups
 from torch import nn
 
 from wcr_optim import WCR
-from wcr_optim.sharpness import SparseSAM
+from wcr_optim.sharpness import CrAM, SparseSAM
 
 
 def masks_of(optimizer):
@@ -163,6 +163,35 @@ def test_dynamic_mask_drops_the_smallest_gradients_and_grows_elsewhere(total_ste
             if dropped.any():
                 assert g[dropped].max() <= g[previous & mask].min()
         previous = mask
+
+
+def test_dynamic_masks_go_on_when_layers_come_and_the_sparsity_falls():
+    torch.manual_seed(0)
+    first, second = (nn.Parameter(torch.randn(shape)) for shape in ((100, 10), (10, 10)))
+    optimizer = SparseSAM(torch.optim.SGD([first], lr=0.0), 0.1, sparsity=0.2, mask="dynamic", update_freq=2)
+
+    def step():
+        for p in (first, second):
+            p.grad = torch.randn_like(p)
+        optimizer.first_step()
+        optimizer.second_step()
+
+    step()
+    optimizer.add_param_group({"params": [second]})
+    for _ in range(5):
+        step()
+    assert sum(int(mask.sum()) for mask in masks_of(optimizer)) == 1100 - 220
+    optimizer.sparsity = 0.0
+    for _ in range(4):
+        step()
+    assert all(mask.all() for mask in masks_of(optimizer))
+
+
+@pytest.mark.parametrize("make", [SparseSAM, CrAM])
+@pytest.mark.parametrize("seed", [None, 1.5, True])
+def test_a_seed_that_is_no_whole_number_is_named(make, seed):
+    with pytest.raises(TypeError, match=f"seed must be a whole number, got {seed}"):
+        make(torch.optim.SGD(net().parameters(), lr=0.1), seed=seed)
 
 
 def test_random_masks_depend_on_the_seed_alone():

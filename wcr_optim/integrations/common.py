@@ -66,8 +66,17 @@ def metric_at(name: str, sparsity: float) -> str:
 
 
 def check_sparsities(sparsities: Sequence[float]) -> tuple[float, ...]:
-    """Return sparsities as given, or raise ValueError unless there are some and each lies in [0, 1]."""
-    checked = tuple(check_sparsity(sparsity) for sparsity in sparsities)
+    """Return sparsities as given, or raise ValueError unless there are some and each lies in [0, 1].
+
+    Raises TypeError if they are no sequence of numbers.
+    """
+    try:
+        given = tuple(sparsities)
+    except TypeError as error:
+        raise TypeError(
+            f"sparsities must be a sequence of numbers, got {sparsities!r}; for one sparsity write ({sparsities!r},)"
+        ) from error
+    checked = tuple(check_sparsity(sparsity) for sparsity in given)
     if not checked:
         raise ValueError("sparsities must name at least one sparsity to evaluate at")
     return checked

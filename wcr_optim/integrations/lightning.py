@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import importlib
 import math
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,6 +29,8 @@ from wcr_optim.integrations.lightning_step import (
     SharpnessCallback,
     metrics_set_aside,
     replaced,
+    state_set_aside,
+    takes,
 )
 from wcr_optim.metrics import optimizer_concentration
 from wcr_optim.parameters import Selector
@@ -53,7 +57,10 @@ class SparsityTargetCallback(Callback):
 
     Args:
         sparsity: Share of the driven weights that will be pruned, in (0, 1) (default: 0.95).
-        total_steps: Optimizer steps of the whole run; None asks the trainer (default: None).
+        total_steps: Steps that the driven optimizer takes in the whole run; None asks the trainer for its estimate, in
+            a run that goes on from a checkpoint without this callback for what is left. The estimate counts a batch as
+            a step and max_steps those of all optimizers together: in manual optimization give the number where the
+            driven one does not step once a batch, or where there are several and max_steps (default: None).
         optimizer: Which one of ``configure_optimizers``' to drive, counted from 0 (default: 0).
         **options: The other arguments of `wcr_optim.SparsityTarget`, such as tail_energy and max_dense_cost.
 
@@ -83,13 +90,16 @@ class SparsityTargetCallback(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Make the target, of the optimizer as it is after a checkpoint was loaded."""
-        total = trainer.estimated_stepping_batches if self.total_steps is None else self.total_steps
+        # A run that begins has nothing to go on with: what was loaded then came with a checkpoint to test or validate.
+        loaded = self._loaded if trainer.global_step > 0 else None
+        total: float | None = self.total_steps
+        if total is None:
+            total = trainer.estimated_stepping_batches - (_steps_taken(trainer) if loaded is None else 0)
         steps = None if total == math.inf else int(total)  # None: SparsityTarget has the words for it
         optimizer = trainer.optimizers[self.optimizer]
         self.target = SparsityTarget(optimizer, self.sparsity, steps, **self.options)
-        # A run that begins has nothing to go on with: what was loaded then came with a checkpoint to test or validate.
-        if self._loaded is not None and trainer.global_step > 0:
-            self.target.load_state_dict(self._loaded)
+        if loaded is not None:
+            self.target.load_state_dict(loaded)
         else:
             self._loss, self._batches = 0.0, 0  # of an accumulation in which an earlier run ended
         self._loaded = None
@@ -184,8 +194,9 @@ class PrunedEvaluationCallback(Callback):
     After the validation loop, ``validation_step`` runs again over the validation batches, the model pruned once by
     magnitude at each sparsity; what it logs is logged under these names, and can be monitored
     (``ModelCheckpoint(monitor="val_loss_at_0.95")``). The weights come back bit for bit; running statistics, metrics of
-    torchmetrics and random number generators are as before. Hooks around the steps are not called again: metrics have
-    to be logged in ``validation_step``.
+    torchmetrics, random number generators and what the modules' attributes and buffers hold (numbers, tensors, lists,
+    dicts, sets) are as before. Hooks around the steps are not called again: metrics have to be logged in
+    ``validation_step``; a warning says so where it logs none.
 
         trainer = Trainer(callbacks=[PrunedEvaluationCallback(sparsities=(0.9, 0.95))])
 
@@ -198,7 +209,9 @@ class PrunedEvaluationCallback(Callback):
             (default: None).
 
     Raises:
-        ValueError: If there are no sparsities, one lies outside [0, 1], or the scope is unknown.
+        TypeError: If sparsities is no sequence of numbers.
+        ValueError: If there are no sparsities, one lies outside [0, 1], or the scope is unknown; before fitting or
+            validating, if a callback that averages weights comes first, or validation_step takes a dataloader_iter.
     """
 
     def __init__(
@@ -211,6 +224,27 @@ class PrunedEvaluationCallback(Callback):
         check_scope(scope)
         self.sparsities, self.scope, self.exclude = check_sparsities(sparsities), scope, exclude
         self.calibration = None if calibration is None else list(calibration)
+        self._warned = False
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse now what cannot be measured, rather than after an epoch of training."""
+        if stage not in ("fit", "validate"):
+            return
+        averaging = getattr(importlib.import_module(f"{LIGHTNING}.callbacks"), "WeightAveraging", ())
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        for callback in takewhile(lambda callback: callback is not self, callbacks):
+            if isinstance(callback, averaging):
+                name = type(callback).__name__
+                raise ValueError(
+                    f"{name} comes before PrunedEvaluationCallback in the trainer's callbacks, and has put the raw "
+                    "weights back when the averaged ones, which were validated, should be pruned: put "
+                    f"PrunedEvaluationCallback before {name}"
+                )
+        if takes(pl_module.validation_step, "dataloader_iter", explicit=True):
+            raise ValueError(
+                "PrunedEvaluationCallback gives validation_step one batch at a time, and it takes a dataloader_iter: "
+                "have it take batch and batch_idx"
+            )
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Run the validation steps on the pruned model."""
@@ -220,7 +254,13 @@ class PrunedEvaluationCallback(Callback):
         for sparsity in self.sparsities:
             recorder = _Recorder()
             # Weights are written here, which inference mode, where Lightning validates, would not tell anyone.
-            with torch.inference_mode(False), torch.no_grad(), isolate_rng(), metrics_set_aside(pl_module):
+            with (
+                torch.inference_mode(False),
+                torch.no_grad(),
+                isolate_rng(),
+                state_set_aside(pl_module),
+                metrics_set_aside(pl_module),
+            ):
                 with (
                     pruned(pl_module, sparsity, self.scope, self.exclude, self.calibration),
                     replaced(pl_module, "log", recorder.log),
@@ -229,6 +269,14 @@ class PrunedEvaluationCallback(Callback):
                         recorder.begin(batch, loader)
                         trainer.strategy.validation_step(*step)
                 values = recorder.values()
+            if not values and not self._warned:
+                self._warned = True
+                warnings.warn(
+                    "PrunedEvaluationCallback has nothing to report, since validation_step logs nothing, and "
+                    "on_validation_epoch_end is not run again for the pruned model: call self.log in validation_step, "
+                    "with a metric of torchmetrics for what is no mean over batches",
+                    stacklevel=2,
+                )
             for (name, suffix), (value, weight, options) in values.items():
                 name = metric_at(name, sparsity) + suffix
                 # Where there is nothing to average over, a weight would only round the value.
@@ -287,21 +335,24 @@ def _validation_batches(
     trainer: Trainer, pl_module: LightningModule
 ) -> Iterator[tuple[tuple[Any, ...], Any, int | None]]:
     """Yield the arguments of every validation_step, its batch, and its loader's index if there are several."""
-    loaders = trainer.val_dataloaders
-    loaders = list(loaders) if isinstance(loaders, (list, tuple)) else [loaders]
-    takes_index = importlib.import_module(f"{LIGHTNING}.utilities.signature_utils").is_param_in_hook_signature(
-        pl_module.validation_step, "batch_idx", min_args=2
-    )
-    for loader_index, (loader, limit) in enumerate(zip(loaders, trainer.num_val_batches, strict=True)):
-        several = loader_index if len(loaders) > 1 else None
-        for index, batch in enumerate(loader):
-            if index >= limit:
-                break
-            batch = trainer.precision_plugin.convert_input(batch)
-            batch = pl_module._on_before_batch_transfer(batch, dataloader_idx=loader_index)
-            batch = trainer.strategy.batch_to_device(batch, dataloader_idx=loader_index)
-            step = (batch, index) if takes_index else (batch,)
-            yield (step if several is None else (*step, several)), batch, several
+    loop = trainer._evaluation_loop
+    takes_index = takes(pl_module.validation_step, "batch_idx", min_args=2)
+    # Lightning's own fetcher, once more: it knows every form that loaders come in, and their limits.
+    assert loop._data_fetcher is not None
+    for batch, index, loader in loop._data_fetcher:
+        several = loader if loop._is_sequential and loop.num_dataloaders > 1 else None
+        batch = trainer.precision_plugin.convert_input(batch)
+        batch = pl_module._on_before_batch_transfer(batch, dataloader_idx=loader)
+        batch = trainer.strategy.batch_to_device(batch, dataloader_idx=loader)
+        step = (batch, index) if takes_index else (batch,)
+        yield (step if several is None else (*step, several)), batch, several
+
+
+def _steps_taken(trainer: Trainer) -> int:
+    """Return how many of the steps that the trainer estimates are over."""
+    if trainer.lightning_module.automatic_optimization:
+        return trainer.global_step
+    return trainer.fit_loop.epoch_loop.batch_progress.total.ready  # global_step has those of all optimizers
 
 
 def _log(trainer: Trainer, values: Mapping[str, float]) -> None:

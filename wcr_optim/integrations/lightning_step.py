@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import sys
+from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -36,6 +39,9 @@ def _lightning() -> str:
 LIGHTNING = _lightning()
 if not TYPE_CHECKING:
     Callback = importlib.import_module(LIGHTNING).Callback
+# Parameters, submodules, hooks: nothing that a step collects.
+_OF_EVERY_MODULE = frozenset(vars(nn.Module())) - {"_buffers"}
+_DICTS = (dict, OrderedDict, defaultdict, Counter)
 _EMPTY_CLOSURE = importlib.import_module(f"{LIGHTNING}.core.optimizer").do_nothing_closure
 
 
@@ -102,7 +108,7 @@ class SharpnessCallback(Callback):
                 below.scaler = scaler
                 self._undo.callback(setattr, below, "scaler", None)
         if pl_module.automatic_optimization and _sharpness_of(trainer.optimizers[0]) is not None:
-            if _takes(pl_module.training_step, "dataloader_iter", explicit=True):
+            if takes(pl_module.training_step, "dataloader_iter", explicit=True):
                 raise RuntimeError("SharpnessCallback runs a batch twice, and training_step takes a dataloader_iter")
             step = partial(self._optimizer_step, trainer, pl_module, pl_module.optimizer_step)
             self._undo.enter_context(replaced(pl_module, "optimizer_step", step))
@@ -165,7 +171,7 @@ class SharpnessCallback(Callback):
     def _second_pass(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Run all batches of the accumulation again, unseen by logs and metrics."""
         below = _sharpness_of(optimizer)
-        takes_number = _takes(pl_module.training_step, "batch_idx", min_args=2)
+        takes_number = takes(pl_module.training_step, "batch_idx", min_args=2)
         with replaced(pl_module, "log", _ignore), metrics_set_aside(pl_module):
             for place, (batch, number, states) in enumerate(self._batches, 1):
                 if isinstance(below, TwoPass) and below.same_dropout:
@@ -216,6 +222,64 @@ def metrics_set_aside(module: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def state_set_aside(module: nn.Module) -> Iterator[None]:
+    """Have what a module's steps collect be after a block what it was: attributes, buffers, and what these contain.
+
+    Numbers, tensors, arrays, lists, dicts and sets, one in another too, are put back in place, since others may hold
+    them: DDP the buffers, a hook the list that it appends to. Not parameters, metrics of torchmetrics
+    (`metrics_set_aside`), or what other objects hold.
+    """
+    from torchmetrics import Metric, MetricCollection
+
+    with ExitStack() as undo:
+        seen: dict[int, Any] = {}
+        for part in module.modules():
+            if isinstance(part, (Metric, MetricCollection)):
+                continue
+            attributes = vars(part)
+            before = dict(attributes)
+            undo.callback(_refill, attributes, before)
+            for name in before.keys() - _OF_EVERY_MODULE:
+                attributes[name] = _keep(before[name], undo, seen)
+        yield
+
+
+def _keep(value: Any, undo: ExitStack, seen: dict[int, Any]) -> Any:
+    """Have the contents of a value put back by undo; return what takes its place until then, mostly itself."""
+    if id(value) in seen:
+        return seen[id(value)]
+    seen[id(value)] = value
+    if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
+        if value.is_inference():  # which nothing may write outside inference mode
+            seen[id(value)] = value.clone()
+        else:
+            undo.callback(_rewrite, value, value._version, value.detach().clone())
+    elif type(value) is np.ndarray and value.flags.writeable:
+        undo.callback(np.copyto, value, value.copy())
+    elif type(value) in (list, deque, *_DICTS):  # a subclass may do more than hold
+        before = copy.copy(value)
+        undo.callback(_refill, value, before)
+        for place, item in before.items() if isinstance(before, dict) else enumerate(before):
+            value[place] = _keep(item, undo, seen)
+    elif type(value) is set:
+        undo.callback(_refill, value, set(value))
+    elif isinstance(value, tuple):
+        for item in value:
+            _keep(item, undo, seen)
+    return seen[id(value)]
+
+
+def _refill(container: Any, before: Any) -> None:
+    container.clear()
+    (container.update if isinstance(before, (dict, set)) else container.extend)(before)
+
+
+def _rewrite(tensor: Tensor, version: int, before: Tensor) -> None:
+    if tensor._version != version:  # an expanded tensor cannot be written, and has not been
+        tensor.copy_(before)
+
+
+@contextmanager
 def replaced(module: nn.Module, name: str, method: Callable[..., Any]) -> Iterator[None]:
     """Have another function in a module's method's place for a block."""
     own = vars(module).get(name)
@@ -246,7 +310,7 @@ def _seen_between_steps(trainer: Trainer, pl_module: LightningModule) -> Iterato
             yield below
 
 
-def _takes(method: Callable[..., Any], parameter: str, **options: Any) -> bool:
+def takes(method: Callable[..., Any], parameter: str, **options: Any) -> bool:
     """Whether Lightning would pass a parameter to a step."""
     signatures = importlib.import_module(f"{LIGHTNING}.utilities.signature_utils")
     return bool(signatures.is_param_in_hook_signature(method, parameter, **options))

@@ -279,8 +279,10 @@ class PrunedEvaluationCallback(TrainerCallback):
             `pruning.sweep` (default: None)
 
     Raises:
+        TypeError: If sparsities is no sequence of numbers.
         ValueError: If there is no sparsity or one lies outside [0, 1], or the model cannot be pruned as it is, such as
-            one with low-rank adapters (merge them first).
+            one with low-rank adapters (merge them first); at an evaluation whose metrics have no PREFIX_loss or
+            PREFIX_runtime.
     """
 
     def __init__(
@@ -301,7 +303,7 @@ class PrunedEvaluationCallback(TrainerCallback):
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Evaluate at every sparsity, and add to the metrics."""
         model, metrics = kwargs["model"], kwargs["metrics"]
-        prefix = next(key for key in metrics if key.endswith("_runtime")).removesuffix("_runtime")
+        prefix = _prefix_of(metrics)
 
         def evaluate(_: nn.Module) -> Mapping[str, float]:
             output = self.trainer.evaluation_loop(
@@ -402,6 +404,18 @@ def _random_numbers_kept(device: torch.device) -> Iterator[None]:
         set_random_states(states)
         random.setstate(of_python)
         np.random.set_state(of_numpy)
+
+
+def _prefix_of(metrics: Mapping[str, float]) -> str:
+    """Return the metric_key_prefix of an evaluation, which callbacks are not told."""
+    endings = ("_runtime", "_loss")
+    prefixes = [key.removesuffix(ending) for key in metrics for ending in endings if key.endswith(ending)]
+    if not prefixes:
+        raise ValueError(
+            f"no metric of {sorted(metrics)} is called PREFIX_loss or PREFIX_runtime: no prefix is known for "
+            "those of the pruned model; have evaluate() give one of the two, as Trainer.evaluate does"
+        )
+    return min(prefixes, key=len)  # metrics of compute_metrics may end so too, and have the prefix before their names
 
 
 def _output_embeddings(model: nn.Module) -> list[Selector]:

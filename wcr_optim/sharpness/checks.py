@@ -132,8 +132,9 @@ class ClosureWatch:
         if self.cleared or self._held is None or self._held[0].grad is not self._held[1] or not self._nonzero:
             return
         raise RuntimeError(
-            f"the closure of {name}.step() did not clear the gradients that were there before it: have it call "
-            f"optimizer.zero_grad() and run all batches of the step, forward and backward. In Lightning, where "
+            f"the closure of {name}.step() did not clear the gradients that were there before it, or cleared them in "
+            f"place by something else than the optimizer, which cannot be seen: have it call optimizer.zero_grad() and "
+            f"run all batches of the step, forward and backward. In Lightning, where "
             f"batches are accumulated outside the closure, "
             f"add wcr_optim.integrations.lightning.SharpnessCallback() to the trainer"
         )

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
-from wcr_optim.checks import check_count, check_share
+from wcr_optim.checks import check_count, check_share, check_whole
 from wcr_optim.layout import local
 from wcr_optim.pruning.shards import common_mesh, find_sharded_cuts
 from wcr_optim.pruning.threshold import keep_masks
@@ -87,7 +87,7 @@ class CrAM(TwoPass):
         self.plus = plus
         self.sparse_grad = sparse_grad
         self.pattern = None if pattern is None else _check_pattern(pattern)
-        self.seed = seed
+        self.seed = check_whole("seed", seed)
         self._pruned: list[Tensor] = []
         self._clean: list[tuple[Tensor, Tensor]] = []  # parameters and their g
         super().__init__(base, rho=rho, model=model, same_dropout=same_dropout, scaler=scaler)

@@ -72,7 +72,10 @@ def copy_(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
 
 def add_(targets: Sequence[Tensor], sources: Sequence[Tensor], factor: float) -> None:
     """Add factor times its source to every target."""
-    if targets:
+    if any(abs(factor) > torch.finfo(t.dtype).max for t in targets if t.dtype == torch.float16):
+        for t, s in zip(targets, sources, strict=True):  # a tiny gradient's factor is out of range, the product is not
+            local(t).detach().add_(local(s).detach().float() * factor)
+    elif targets:
         sums = [local(t).detach() for t in targets]
         torch._foreach_add_(sums, [local(s).detach() for s in sources], alpha=factor)
 

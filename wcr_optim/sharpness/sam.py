@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
-from wcr_optim.checks import check_count
+from wcr_optim.checks import check_count, check_number
 from wcr_optim.layout import local
 from wcr_optim.sharpness.checks import gradients
 from wcr_optim.sharpness.memory import add_, global_norm
@@ -74,7 +74,7 @@ class SAM(TwoPass):
         same_dropout: bool = True,
         scaler: GradScaler | None = None,
     ) -> None:
-        if not 0.0 <= eta < math.inf:
+        if not 0.0 <= check_number("eta", eta) < math.inf:
             raise ValueError(f"eta must be finite and not negative, got {eta!r}")
         self.adaptive = adaptive
         self.eta = eta

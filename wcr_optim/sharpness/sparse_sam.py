@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
-from wcr_optim.checks import check_count, check_share
+from wcr_optim.checks import check_count, check_share, check_whole
 from wcr_optim.layout import local
 from wcr_optim.pruning.threshold import keep_masks, pruned_count
 from wcr_optim.sharpness.checks import check_keeps_state, refuse_complex
 from wcr_optim.sharpness.guards import RunningStatistics
+from wcr_optim.sharpness.memory import add_
 from wcr_optim.sharpness.slots import Slot
 from wcr_optim.sharpness.two_pass import TwoPass
 
@@ -108,7 +109,7 @@ class SparseSAM(TwoPass):
         self.num_samples = check_count("num_samples", num_samples)
         self.drop_rate = check_share("drop_rate", drop_rate)
         self.total_steps = None if total_steps is None else check_count("total_steps", total_steps)
-        self.seed = seed
+        self.seed = check_whole("seed", seed)
         self._masks = Slot("sparse_sam_mask")
         self._fisher = Slot("sparse_sam_fisher")
         self._prepared: int | None = None  # the step that masks are ready for
@@ -178,7 +179,7 @@ class SparseSAM(TwoPass):
             for p in members:
                 mask = self._masks.get(self, p)
                 if mask is not None and p.grad is not None and length > 0.0:
-                    local(p).add_(local(p.grad) * local(mask), alpha=length)
+                    add_([p], [local(p.grad) * local(mask)], length)
 
     def _prepare(self, scale: float) -> None:
         """Collect this step's squared gradients, and refresh the masks if it is time to."""
@@ -234,7 +235,7 @@ class SparseSAM(TwoPass):
 
     def _start(self, params: Sequence[Tensor], step: int) -> list[Tensor]:
         generator = self._generator(step)
-        scores = [torch.rand(local(p).shape, generator=generator).to(local(p).device) for p in params]
+        scores = [torch.rand(local(p).shape, generator=generator, device="cpu").to(local(p).device) for p in params]
         return _keep_largest(scores, self.sparsity)
 
     def _evolve(self, params: Sequence[Tensor], step: int) -> list[Tensor]:
@@ -247,9 +248,10 @@ class SparseSAM(TwoPass):
         total = sum(mask.numel() for mask in masks)
         live = sum(int(mask.sum()) for mask in masks)
         wanted = total - pruned_count(self.sparsity, total)
-        dropped = max(min(int(self._drop_share(step) * live), total - live), live - wanted)
+        # No more than leaves enough others to take: layers may have come, and the sparsity may be another.
+        dropped = max(min(int(self._drop_share(step) * live), total - wanted), live - wanted)
         generator = self._generator(step)
-        noise = [torch.rand(int((~mask).sum()), generator=generator).to(mask.device) for mask in masks]
+        noise = [torch.rand(int((~mask).sum()), generator=generator, device="cpu").to(mask.device) for mask in masks]
         gradients = [torch.zeros_like(local(p)) if p.grad is None else local(p.grad) for p in params]
         kept = _keep_largest([g[mask] for g, mask in zip(gradients, masks, strict=True)], dropped / max(live, 1))
         grown = _keep_largest(noise, 1.0 - (wanted - (live - dropped)) / max(total - live, 1))

@@ -51,7 +51,8 @@ class SSAM(OptimizerWrapper):
     Each is safe to call twice, or without the other. Weights edited between eval() and train() get the perturbation
     added. Weights that were loaded or edited while they were perturbed are taken as the true weights, with a warning,
     since nothing tells the one from the other: the perturbation is then part of what was edited. Edits in place through
-    `.data` (`p.data.clamp_()`) cannot be seen, and are lost when the true weights come back; `p.data = ...` is seen.
+    `.data` (`p.data.clamp_()`) cannot be seen, nor can those between `load_state_dict` and the step after it; they are
+    lost when the true weights come back. `p.data = ...` is seen.
 
     A checkpoint of model and optimizer may be taken in either state, both of them in the same, and resumes bit for
     bit. Loading one of the bare base starts with an unperturbed step.
@@ -262,6 +263,11 @@ class SSAM(OptimizerWrapper):
 
     def __getstate__(self) -> dict[str, Any]:
         return super().__getstate__() | {"_stamps": {}, "_watch": None}  # stamps are counted anew
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        params, _ = self._kept_by([group for group in self.param_groups if group.get(PERTURBED)])
+        self._stamps.update((p, stamp(p)) for p in params)
 
 
 def _buffer(present: Tensor | None, p: Tensor) -> Tensor:

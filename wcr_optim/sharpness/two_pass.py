@@ -50,6 +50,8 @@ class SecondPass:
     def note(self) -> None:
         """Take the weights that are in place as written by this pass."""
         self._stamps = [stamp(p) for p in self.params]
+        # Inside one autocast region the next pass would run at copies that were made of the weights before.
+        torch.clear_autocast_cache()
 
     def swap(self) -> None:
         """Put the true weights in place of the perturbed ones, or the other way around."""
@@ -63,6 +65,7 @@ class SecondPass:
         """Put everything back."""
         if self.away:
             copy_(self.params, self.others)
+            torch.clear_autocast_cache()
         self._statistics.restore()
 
     def keep_written(self) -> None:
