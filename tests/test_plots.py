@@ -55,6 +55,22 @@ def test_the_first_metric_and_pairs():
     assert plots.sparsity_accuracy({"pairs": pairs}).get_ylabel() == "score"
 
 
+def test_a_trade_off_has_a_point_for_each_strength():
+    pairs = {"l1": [(98.0, 60.0), (95.0, 90.0)], "wcr": [(97.5, 80.0)]}
+    ax = plots.trade_off(pairs, xlabel="accuracy, dense", ylabel="accuracy at 97%")
+    assert {name: list(map(tuple, line.get_xydata())) for name, line in lines(ax).items()} == pairs
+    assert (ax.get_xlabel(), ax.get_ylabel()) == ("accuracy, dense", "accuracy at 97%")
+    for bad, message in (({}, "at least one result"), ({"l1": [], "wcr": [(1.0, 2.0)]}, "'l1' has no values to draw")):
+        with pytest.raises(ValueError, match=message):
+            plots.trade_off(bad)
+
+
+def test_more_curves_than_styles_are_all_drawn():
+    many = {str(i): [(i, 1.0), (i, 2.0)] for i in range(70)}
+    assert len(lines(plots.trade_off(many))) == 70
+    assert len(lines(plots.sparsity_accuracy({name: [(0.5, 1.0), (0.9, 2.0)] for name in many}))) == 70
+
+
 def test_high_sparsities_are_legible():
     ax = plots.sparsity_accuracy({"x": [(s, 0.0) for s in SPARSITIES]})
     assert [tick.get_text() for tick in sorted_ticks(ax)] == ["0", "50", "80", "90", "95", "99"]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import count
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -274,7 +275,7 @@ def _statistics(
 
 
 def _styles() -> Iterator[dict[str, Any]]:
-    for i in range(len(_COLOURS) * len(_MARKERS)):
+    for i in count():
         colour, marker = _COLOURS[i % len(_COLOURS)], _MARKERS[i % len(_MARKERS)]
         yield {"color": colour, "marker": marker, "markersize": 5, "linewidth": 1.6, "markeredgewidth": 0, "zorder": 3}
 
