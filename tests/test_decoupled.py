@@ -523,29 +523,29 @@ def test_unknown_form_and_backend():
         WCR(sgd(small_net()), backend="cuda")
 
 
-@pytest.mark.parametrize(
-    ("make", "strength"), [(WCR, 0.5), (HoyerDecay, 0.5), (L1Decay, 0.5), (SGD, 0.5), (AdamW, 1e-3)]
-)
-def test_a_strength_that_no_group_uses_is_told(make, strength):
-    net = small_net()
-    option = {HoyerDecay: "hoyer_decay", L1Decay: "l1_decay"}.get(make, "weight_concentration")
+MADE_WITH_A_STRENGTH = [
+    ("weight_concentration", lambda groups, **given: WCR(torch.optim.SGD(groups, lr=0.1), **given)),
+    ("hoyer_decay", lambda groups, **given: HoyerDecay(torch.optim.SGD(groups, lr=0.1), **given)),
+    ("l1_decay", lambda groups, **given: L1Decay(torch.optim.SGD(groups, lr=0.1), **given)),
+    ("weight_concentration", lambda groups, **given: SGD(groups, lr=0.1, **given)),
+    ("weight_concentration", lambda groups, **given: AdamW(groups, lr=0.1, **given)),
+]
 
-    def made(**options):
-        groups = param_groups(net)
-        for group, own in zip(groups, (1e-2, 0.0), strict=True):
-            group[option] = own
-        is_wrapper = issubclass(make, Decoupled) and make not in (SGD, AdamW)
-        return make(torch.optim.SGD(groups, lr=0.1), **options) if is_wrapper else make(groups, lr=0.1, **options)
 
-    with pytest.warns(UserWarning, match=rf"{option}={strength} is used by no group, .* 0.01, 0.0: set it") as told:
-        made(**{option: strength})
+@pytest.mark.parametrize(("option", "make"), MADE_WITH_A_STRENGTH)
+def test_a_strength_that_no_group_uses_is_told(option, make):
+    first, *rest = small_net().parameters()
+    with pytest.warns(UserWarning, match=rf"{option}=0.5 is used by no group, .* 0.01, 0.0: set it there") as told:
+        make([{"params": [first], option: 1e-2}, {"params": rest, option: 0.0}], **{option: 0.5})
     assert told[0].filename == __file__
-    made()  # nobody chose one
-    made(**{option: 1e-2})
-    make_without = torch.optim.SGD([{"params": [w], option: 1.0} for w in net.parameters()][:2], lr=0.1)
-    make_without.add_param_group({"params": list(net.parameters())[2:]})
-    if make in (WCR, HoyerDecay, L1Decay):
-        make(make_without, strength)  # the last group takes it
+
+
+@pytest.mark.parametrize(("option", "make"), MADE_WITH_A_STRENGTH)
+def test_a_strength_that_nobody_chose_or_some_group_takes_is_not(option, make):
+    first, *rest = small_net().parameters()
+    make([{"params": [first], option: 1e-2}, {"params": rest, option: 0.0}])
+    make([{"params": [first], option: 1e-2}, {"params": rest, option: 0.0}], **{option: 1e-2})
+    make([{"params": [first], option: 1e-2}, {"params": rest}], **{option: 0.5})
 
 
 @pytest.mark.parametrize("make", [WCR, HoyerDecay, L1Decay, L2Decay])

@@ -144,22 +144,21 @@ class TestControl:
         assert target.last_tail == tail
         assert len(target.history) == 2
 
-    def test_torchs_default_device_does_not_matter(self):
-        torch.set_default_device("meta")
-        try:
-            net = student().to_empty(device="cpu")
-            for p in net.parameters():
-                torch.nn.init.normal_(p)
-            optimizer = WCR(BASES["adamw"](net.parameters()), form="per_unit")
+    def test_torchs_default_dtype_and_device_do_not_matter(self, set_default):
+        histories = []
+        for prepare in (lambda: None, set_default):
+            torch.manual_seed(0)
+            optimizer = WCR(BASES["adamw"](student().parameters()), form="per_unit")
+            prepare()
             target = SparsityTarget(optimizer, 0.9, 100, every=1)
             for _ in range(3):
-                target.step(torch.ones((), device="cpu"))
-            SparsityTarget(optimizer, 0.9, 100, every=1).load_state_dict(target.state_dict())
-        finally:
-            torch.set_default_device(None)
-        assert 0.0 < target.last_tail < 1.0
+                target.step(torch.ones((), dtype=torch.float32, device="cpu"))
+            resumed = SparsityTarget(optimizer, 0.9, 100, every=1)
+            resumed.load_state_dict(target.state_dict())
+            resumed.step(torch.ones((), dtype=torch.float32, device="cpu"))
+            histories.append(resumed.history)
+        assert histories[0] == histories[1]
 
-    @pytest.mark.filterwarnings("ignore:pruning at sparsity")
     def test_weights_that_are_not_finite_are_named_at_the_end(self):
         net = student()
         optimizer = WCR(BASES["adamw"](net.parameters()), form="per_unit")
