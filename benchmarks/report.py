@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import runner, tasks, tuning
-from benchmarks.methods import LABELS, PENALTIES, PRUNING, SHARPNESS, Method
+from benchmarks.methods import LABELS, PENALTIES, PRUNING, RHO, SHARPNESS, Method
 from benchmarks.trials import COLUMNS, KEY
 from wcr_optim import plots
 from wcr_optim.files import written_whole
@@ -28,6 +28,7 @@ SUITES = ("vision", "language", "segmentation")
 SHOWN = 12
 """How many tolerances a strength may cost dense and still be in the picture of the trade-off."""
 GOAL_SEARCHED = ", goal searched"
+BOTH_SEARCHED = ", goal and rho searched"
 BRIEF = (None, "l1", "hoyer", "wcr", "scale_free", "target")
 """Penalties of the table of all tasks."""
 Rows = Sequence[Mapping[str, str]]
@@ -44,6 +45,7 @@ class Cell:
         cost: Means of seconds, gradient evaluations and sharpness.
         failed: How many more runs diverged or raised, and have no value.
         told: The sparsity that the method was told, None if none or the one that it was pruned to.
+        rho: Beside SparsityTarget, where it was searched and is not its authors'; None otherwise.
     """
 
     values: tuple[float, ...]
@@ -52,6 +54,7 @@ class Cell:
     cost: Mapping[str, float]
     failed: int = 0
     told: float | None = None
+    rho: float | None = None
 
     @property
     def mean(self) -> float:
@@ -81,13 +84,15 @@ def cell(
         goal: The sparsity.
         careful: Take the strength that was chosen among those within tolerance of the baseline's dense value, and
             return nothing if the dense value on test is not (default: False)
-        search: Have the validation split choose what SparsityTarget was told, too, see `tuning.told`, and return
-            nothing if that is the sparsity itself (default: False)
+        search: Have the validation split choose what SparsityTarget was told and the rho beside it, too, see
+            `tuning.driven`, and return nothing if those are the sparsity itself and the authors' (default: False)
     """
     parts, kind = Method.of(method), tasks.task(task)
-    told = tuning.told(rows, task, method, goal, careful=careful) if search else goal
-    if told is None or (search and told == goal):
+    given = (RHO.get(parts.sharpness or "", 0.0), goal)
+    setting = tuning.driven(rows, task, method, goal, careful=careful) if search else given
+    if setting is None or (search and setting == given):
         return None
+    rho, told = setting
     pair = None
     if parts.searched is not None:
         pair = tuning.chosen(rows, task, method, goal, careful=careful)
@@ -100,7 +105,7 @@ def cell(
             continue
         if pair is not None and (float(row["strength"]), float(row["rho"])) != pair:
             continue
-        if parts.has_goal and float(row["goal"]) != told:
+        if parts.has_goal and (float(row["rho"]), float(row["goal"])) != setting:
             continue
         if tuning.failed(row):
             failed.add(row["seed"])
@@ -117,7 +122,15 @@ def cell(
     }
     searched = None if pair is None else pair[0] if parts.searched == "strength" else pair[1]
     values, dense = (tuple(float(run[at]["value"]) for run in whole) for at in (goal, 0.0))
-    found = Cell(values, dense, searched, cost, len(failed), told if told != goal else None)
+    found = Cell(
+        values,
+        dense,
+        searched,
+        cost,
+        len(failed),
+        told=told if told != goal else None,
+        rho=rho if rho != given[0] else None,
+    )
     if careful:
         baseline = cell(rows, task, parts.base, goal)
         if baseline is None or not tuning.within_tolerance(task, found.dense_mean, baseline.dense_mean):
@@ -147,8 +160,7 @@ def table(rows: Rows, task: str, *, careful: bool = False) -> str:
         if not any(row):
             continue
         texts = [_cell_text(kind, found, top) for found, top in zip(row, best, strict=True)]
-        label = Method.of(method).label + (GOAL_SEARCHED if search else "")
-        lines.append(f"| {label} | " + " | ".join([*texts, *_costs(row)]) + " |")
+        lines.append(f"| {_label(method, search)} | " + " | ".join([*texts, *_costs(row)]) + " |")
     return "\n".join(lines)
 
 
@@ -181,6 +193,12 @@ def tested(rows: Rows, task: str) -> list[str]:
     return sorted(names, key=place)
 
 
+def _label(method: str, search: bool) -> str:
+    parts = Method.of(method)
+    searched = GOAL_SEARCHED if parts.sharpness is None else BOTH_SEARCHED
+    return parts.label + (searched if search else "")
+
+
 def _cell_text(kind: tasks.Task, found: Cell | None, best: float | None, *, short: bool = False) -> str:
     if found is None:
         return "–"
@@ -189,7 +207,8 @@ def _cell_text(kind: tasks.Task, found: Cell | None, best: float | None, *, shor
     value = f"**{value}**" if best is not None and value == f"{best:.{places}f}" else value
     spread = f" ± {found.spread:.{places}f}" if len(found.values) > 1 else ""
     at = "" if found.strength is None else f" at {found.strength:g}"
-    at = at if found.told is None else f" told {100 * found.told:g} %"
+    at = at if found.rho is None else f" at {found.rho:g}"
+    at = at if found.told is None else f"{at} told {100 * found.told:g} %"
     at = "" if short else at
     if not found.values:
         return f"diverged{at}"
@@ -234,7 +253,7 @@ def verdict(rows: Rows, task: str) -> str:
         spread = max(ours[one].spread, others[other].spread)
         word = "ahead of" if gap > spread else "behind" if gap < -spread else "level with"
         named = [
-            f"{Method.of(m).label}{GOAL_SEARCHED if search else ''} {c.mean:.{places}f} ± {c.spread:.{places}f}"
+            f"{_label(m, search)} {c.mean:.{places}f} ± {c.spread:.{places}f}"
             for (m, search), c in ((one, ours[one]), (other, others[other]))
         ]
         lines.append(f"- {100 * goal:g} %: {named[0]} is **{word}** {named[1]}")
@@ -281,6 +300,7 @@ def summary(rows: Rows) -> dict[str, Any]:
                             "dense": one.dense,
                             "strength": one.strength,
                             "told": one.told,
+                            "rho": one.rho,
                             "diverged": one.failed,
                         }
                         kind = ("goal_searched_" if search else "") + ("within_tolerance" if careful else "best")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
@@ -38,6 +39,8 @@ LOWEST: dict[str, dict[str, float]] = {
 }
 RHOS = (0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 4.0)
 """Times a method's default."""
+DRIVEN_RHOS = (0.1, 0.3, 1.0)
+"""The same beside SparsityTarget, where each is tried with every sparsity that it is told."""
 
 Rows = Sequence[Mapping[str, str]]
 
@@ -67,6 +70,8 @@ def grid(task: str, method: str, count: int, *, beyond: bool = False) -> list[tu
         between = max(count - 1, 1)
         chosen = sorted({round(k * (len(RHOS) - 1) / between) for k in range(count)}) if count > 1 else [5]
         return [(0.0, float(f"{rho * RHOS[k]:.3g}")) for k in chosen]
+    if parts.penalty == "target" and parts.sharpness is not None and count > 1:
+        return [(0.0, float(f"{rho * factor:.3g}")) for factor in DRIVEN_RHOS]
     return [(0.0, rho)]
 
 
@@ -135,12 +140,14 @@ def choices(
     """List the runs on the test split: with what the validation split chose, and SparsityTarget's as for `searches`."""
     trials: list[Trial] = []
     for method in methods:
-        parts, goals = Method.of(method), tasks.task(task).goals
+        parts, ways = Method.of(method), list(itertools.product(tasks.task(task).goals, (False, True)))
         if parts.searched is None:
             rho = RHO.get(parts.sharpness or "", 0.0)
-            settings = [(0.0, rho, goal) for goal in _told(task, method, told)]
+            given = [(rho, goal) for goal in _told(task, method, told)]
+            found = [driven(rows, task, method, goal, careful=careful) for goal, careful in ways]
+            settings = [(0.0, *pair) for pair in dict.fromkeys([*given, *found]) if pair is not None]
         else:
-            both = [chosen(rows, task, method, goal, careful=careful) for goal in goals for careful in (False, True)]
+            both = [chosen(rows, task, method, goal, careful=careful) for goal, careful in ways]
             settings = [(*pair, 0.0) for pair in dict.fromkeys(both) if pair is not None]
         for strength, rho, goal in settings:
             for seed in seeds:
@@ -179,10 +186,11 @@ def chosen(
     return None if best is None else best[:2]
 
 
-def told(rows: Rows, task: str, method: str, goal: float, *, careful: bool = False) -> float | None:
-    """Return what SparsityTarget is told in order to be pruned at `goal`, if that is searched as strengths are.
+def driven(rows: Rows, task: str, method: str, goal: float, *, careful: bool = False) -> tuple[float, float] | None:
+    """Return rho and what SparsityTarget is told in order to be pruned at `goal`, where those are searched.
 
-    It is the sparsity whose run has the best value at `goal` on the validation split.
+    They are those whose run has the best value at `goal` on the validation split; rho is 0 without a sharpness-aware
+    method.
 
     Args:
         rows: Of results.
@@ -199,7 +207,7 @@ def told(rows: Rows, task: str, method: str, goal: float, *, careful: bool = Fal
         return None
     options = next((row["options"] for row in rows if (row["task"], row["method"]) == (task, method)), "")
     best = _best(rows, task, method, goal, careful=careful, options=options)
-    return None if best is None else best[2]
+    return None if best is None else best[1:]
 
 
 def _best(

@@ -196,6 +196,36 @@ def test_a_target_whose_goal_validation_chose_is_in_a_row_of_its_own():
     assert report.cell(renamed, "digits_mlp", "sgd+target", 0.98, careful=True, search=True).told == 0.95
 
 
+def test_a_rho_that_validation_chose_beside_a_target_is_in_the_row_of_what_was_searched():
+    method = "sgd+sam+target"
+
+    def run(rho, goal, value, split="validation"):
+        rows = rows_of(method, 0.0, accuracies(98.0, value), split=split, goal=goal)
+        return [row | {"rho": str(rho)} for row in rows]
+
+    rows = [*run(0.05, 0.95, 90.0), *run(0.005, 0.95, 92.0), *run(0.005, 0.98, 91.0), *run(0.05, 0.95, 89.0, "test")]
+    assert tuning.driven(rows, "digits_mlp", method, 0.95) == (0.005, 0.95)
+    assert tuning.driven(rows, "digits_mlp", "sgd+sam", 0.95) is None
+    searched = {(t.rho, t.goal) for t in tuning.searches("digits_mlp", [method], 10, [0])}
+    assert searched == set(itertools.product((0.005, 0.015, 0.05), GOALS))
+    assert [t.rho for t in tuning.searches("digits_mlp", [method], 1, [0])] == [0.05] * len(GOALS), "its authors'"
+    tested = [(t.rho, t.goal) for t in tuning.choices("digits_mlp", [method], rows, [0])]
+    assert tested == [*((0.05, goal) for goal in GOALS), (0.005, 0.95)]
+    rows += run(0.005, 0.95, 93.0, "test")
+    cell = functools.partial(report.cell, rows, "digits_mlp", method, 0.95)
+    assert (cell().mean, cell().rho, cell().told) == (89.0, None, None), "without a search, the authors' rho"
+    assert (cell(search=True).mean, cell(search=True).rho, cell(search=True).told) == (93.0, 0.005, None)
+    text = report.table(rows, "digits_mlp").replace("*", "")
+    assert "| SGD + SAM + SparsityTarget | – | 89.0 (98.0) | – | – |" in text
+    assert (
+        "| SGD + SAM + SparsityTarget, goal and rho searched | 93.0 (98.0) at 0.005 told 95 % | 93.0 (98.0) at 0.005 |"
+        in text
+    )
+    rows += [*run(0.005, 0.98, 95.0), *run(0.005, 0.98, 94.0, "test")]
+    assert "searched | 94.0 (98.0) at 0.005 told 98 % | 94.0" in report.table(rows, "digits_mlp").replace("*", "")
+    assert report.summary(rows)["digits_mlp"][method]["0.95"]["goal_searched_best"]["rho"] == 0.005
+
+
 def test_a_diverged_run_stays_in_the_file_and_chooses_nothing():
     (row,) = run_trial(Trial("digits_mlp", "sgd", options="lr=1e9", steps=5))
     assert row["value"] == ""
@@ -245,6 +275,7 @@ def test_runs_that_diverged_stay_in_the_table():
             "dense": (),
             "strength": None,
             "told": None,
+            "rho": None,
             "diverged": 1,
         }
     }
