@@ -310,7 +310,8 @@ def _endless(tensor: Tensor) -> str | None:
 
 def _nonzero(tensor: Tensor) -> int:
     # torch does not count in 8-bit floats and in the wider unsigned integers; float64 has room for "not zero" of all.
-    odd = tensor.dtype in (torch.float8_e4m3fn, torch.float8_e5m2, torch.uint16, torch.uint32, torch.uint64)
+    odd = tensor.dtype in (torch.uint16, torch.uint32, torch.uint64)
+    odd |= tensor.is_floating_point() and tensor.element_size() == 1
     return int(torch.count_nonzero(tensor.double() if odd else tensor))
 
 

@@ -47,7 +47,8 @@ _DTYPES = {
     for dtype in (
         *(torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2),
         *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool),
-        *(torch.uint64, torch.uint32, torch.uint16),
+        *(torch.uint64, torch.uint32, torch.uint16, torch.complex64, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz),
+        *([torch.float8_e8m0fnu] if hasattr(torch, "float8_e8m0fnu") else []),  # from torch 2.7 on
     )
 }
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -248,7 +249,7 @@ def plain(name: str, value: object) -> Tensor:
         raise ValueError(f"{name!r} is on the meta device and has no values; use model.to_empty(device=...) first")
     if value.layout != torch.strided or value.is_nested or value.dtype not in _DTYPES.values():
         raise ValueError(f"{name!r} cannot be stored: layout {value.layout}, dtype {value.dtype}")
-    return value.detach().resolve_neg()  # a lazily negated view has other bits than values
+    return value.detach().resolve_conj().resolve_neg()  # views that are lazily so have other bits than values
 
 
 def _bits(flat: Tensor) -> Tensor:
