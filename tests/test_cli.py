@@ -5,6 +5,7 @@ import os
 import pickle
 import subprocess
 import sys
+import warnings
 import zipfile
 
 import pytest
@@ -340,7 +341,6 @@ def test_other_contents_are_refused(capsys, tmp_path):
         "nothing": ({}, "it holds an empty dict"),
         "no tensors": ({"epoch": 3}, "it holds none, but epoch"),
         "a sparse tensor": ({"w": torch.eye(3).to_sparse()}, "'w' cannot be stored: layout torch.sparse_coo"),
-        "masks": ({"w_orig": torch.ones(2, 2), "w_mask": torch.ones(2, 2)}, "torch.nn.utils.prune.remove"),
     }.values():
         torch.save(content, tmp_path / "x.pt")
         assert message in refused(capsys, "inspect", tmp_path / "x.pt")
@@ -348,6 +348,45 @@ def test_other_contents_are_refused(capsys, tmp_path):
     assert "no weights to prune" in refused(capsys, "prune", tmp_path / "x.pt", "--sparsity", "0.5")
     torch.save({"w": torch.full((2, 2), float("nan"))}, tmp_path / "x.pt")
     assert "w holds NaN" in refused(capsys, "prune", tmp_path / "x.pt", "--sparsity", "0.5")
+
+
+def factors():
+    old_style = nn.utils.spectral_norm(nn.Linear(6, 4))
+    old_style(torch.ones(1, 6))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        old_norm = nn.utils.weight_norm(nn.Conv1d(4, 6, 3))
+    return {
+        "torch.nn.utils.prune.remove": nn.utils.prune.l1_unstructured(nn.Linear(6, 4), "weight", 2),
+        "torch.nn.utils.remove_spectral_norm": old_style,
+        "torch.nn.utils.remove_weight_norm": old_norm,
+        "torch.nn.utils.parametrize.remove_parametrizations": nn.utils.parametrizations.weight_norm(nn.Linear(6, 4)),
+    }
+
+
+@pytest.mark.parametrize("advice", factors())
+def test_what_a_weight_is_computed_from_is_not_pruned(capsys, tmp_path, advice):
+    model = nn.Sequential(factors()[advice], nn.Linear(4, 4))
+    torch.save(model.state_dict(), tmp_path / "x.pt")
+    assert advice in refused(capsys, "prune", tmp_path / "x.pt", "--sparsity", "0.5")
+    rows = run_json(capsys, "inspect", tmp_path / "x.pt")["tensors"]
+    assert [row["name"] for row in rows if row["prunable"]] == ["1.weight"]
+    found = run_json(capsys, "prune", tmp_path / "x.pt", "--sparsity", "0.5", "--exclude", r"^0\.")
+    assert [layer["name"] for layer in found["layers"]] == ["1.weight"]
+
+
+def test_two_weights_called_g_and_v_are_no_weight_norm():
+    state = {"w_g": torch.ones(4, 4), "w_v": torch.ones(4, 4)}
+    assert prunable_names(state) == ["w_g", "w_v"]
+
+
+@pytest.mark.parametrize("command", [["expand"], ["prune", "--sparsity", "0.5", "--dense"]])
+def test_a_name_that_safetensors_keeps_for_itself_is_refused_before_anything_is_written(capsys, tmp_path, command):
+    path = tmp_path / "x.safetensors"
+    save_sparse({"__metadata__": torch.ones(4, 4), "w": torch.eye(4)}, path)
+    before = path.read_bytes()
+    assert "'__metadata__'" in refused(capsys, *command, path, "-o", path, "--force")
+    assert path.read_bytes() == before
 
 
 @pytest.mark.parametrize(

@@ -403,8 +403,26 @@ def test_torchscript_is_refused():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         scripted = torch.jit.script(nn.Linear(2, 2))
+        part = nn.Sequential(nn.Linear(4, 4), torch.jit.script(nn.ReLU()))
+        both = nn.Sequential(nn.Linear(4, 4), torch.jit.script(nn.Linear(4, 4)))
     with pytest.raises(ValueError, match="TorchScript"):
         prunable_weights(scripted)
+    assert list(prunable_weights(part)) == ["0.weight"], "it holds nothing"
+    with pytest.raises(ValueError, match=r"1\.weight is of a TorchScript .*exclude=\['1'\]"):
+        prunable_weights(both)
+    assert list(prunable_weights(both, exclude="1")) == ["0.weight"]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_exported_modules_are_refused():
+    program = torch.export.export(nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 4)), (torch.tensor([1]),))
+    for module in (program.module(), torch.export.unflatten(program)):
+        with pytest.raises(ValueError, match=r"0\.weight is of a TorchScript or exported module"):
+            prunable_weights(module)
+        with pytest.raises(ValueError, match="exported module"):
+            param_groups(module)
+    traced = torch.fx.symbolic_trace(nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 4)))
+    assert list(prunable_weights(traced)) == ["1.weight"], "whose layers are what they were"
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -415,6 +433,10 @@ def test_quantized_layers_of_torch_are_refused():
     with pytest.raises(ValueError, match="0 is quantized: prune before quantizing"):
         prunable_weights(model)
     assert all(name.startswith("1.") for name in prunable_weights(model, exclude="0"))
+    fused = nn.Sequential(nn.Linear(4, 4), torch.ao.nn.intrinsic.quantized.LinearReLU(4, 4))
+    with pytest.raises(ValueError, match=r"1 is quantized.*exclude=\['1'\]"):
+        prunable_weights(fused)
+    assert list(prunable_weights(fused, exclude="1")) == ["0.weight"]
 
 
 def test_an_error_leaves_the_model_alone():

@@ -63,7 +63,7 @@ def read_checkpoint(path: str | os.PathLike[str], key: str | None = None) -> tup
     return {name: sparse_file.plain(name, tensor) for name, tensor in state.items()}, notices
 
 
-def prunable_names(state: Mapping[str, Tensor], exclude: Iterable[str] = ()) -> list[str]:
+def prunable_names(state: Mapping[str, Tensor], exclude: Iterable[str] = (), *, strict: bool = True) -> list[str]:
     """Select the weights of a state dict that are pruned, by name and shape, as no module tells what they are.
 
     These are the floating-point tensors of at least two dimensions, unless the last part of their name (before
@@ -74,12 +74,14 @@ def prunable_names(state: Mapping[str, Tensor], exclude: Iterable[str] = ()) -> 
     Args:
         state: Tensors by name.
         exclude: Regular expressions that are searched in the full names of what to leave out (default: ())
+        strict: Refuse a tensor that a weight is only computed from; False leaves it out (default: True)
 
     Returns:
         Names, in the order of the state dict.
 
     Raises:
-        ValueError: If an expression is invalid or matches no name, or if weights are under ``torch.nn.utils.prune``.
+        ValueError: If an expression is invalid or matches no name, or if weights are under ``torch.nn.utils.prune``, a
+            parametrization, or an old weight norm or spectral norm.
     """
     patterns = []
     for expression in exclude:
@@ -91,11 +93,11 @@ def prunable_names(state: Mapping[str, Tensor], exclude: Iterable[str] = ()) -> 
             raise ValueError(f"exclude matches no name: {expression!r}; `wcr-optim inspect` lists them")
     names: dict[tuple[object, ...], list[str]] = {}
     for name, tensor in state.items():
-        if name.endswith("_orig") and f"{name.removesuffix('_orig')}_mask" in state:
-            raise ValueError(
-                f"{name!r} is under torch.nn.utils.prune; make its mask permanent with torch.nn.utils.prune.remove, "
-                "and save again"
-            )
+        reason = _factor(name, state)
+        if reason is not None:
+            if strict and not any(pattern.search(name) for pattern in patterns):
+                raise ValueError(f"{name!r} {reason} and save again, or leave it out: --exclude '{re.escape(name)}'")
+            continue
         if tensor.ndim >= 2 and tensor.dtype in DTYPES and tensor.numel():
             names.setdefault(memory(tensor), []).append(name)
     return [
@@ -103,6 +105,22 @@ def prunable_names(state: Mapping[str, Tensor], exclude: Iterable[str] = ()) -> 
         for places in names.values()
         if not any(_named_dense(name) or any(pattern.search(name) for pattern in patterns) for name in places)
     ]
+
+
+def _factor(name: str, state: Mapping[str, Tensor]) -> str | None:
+    """Say what a weight is computed from this tensor by, and the way out; None if it may be a weight itself."""
+    stem, _, suffix = name.rpartition("_")
+    if suffix == "orig" and f"{stem}_mask" in state:
+        return "is under torch.nn.utils.prune; make its mask permanent with torch.nn.utils.prune.remove,"
+    if suffix == "orig" and f"{stem}_u" in state:
+        return "is the factor of a spectral norm; call torch.nn.utils.remove_spectral_norm,"
+    if re.search(r"(^|\.)parametrizations\.\w+\.original\d*$", name):
+        return "is parametrized; call torch.nn.utils.parametrize.remove_parametrizations,"
+    if suffix in ("g", "v") and {f"{stem}_g", f"{stem}_v"} <= state.keys():
+        lengths, directions = state[f"{stem}_g"], state[f"{stem}_v"]
+        if lengths.numel() == max(lengths.shape, default=1) < directions.numel():  # one for each row, or for all
+            return "is the factor of a weight norm; call torch.nn.utils.remove_weight_norm,"
+    return None
 
 
 def _named_dense(name: str) -> bool:

@@ -114,7 +114,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _inspect(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     state = _read(options)
-    weights = prunable_names(state, options.exclude)
+    weights = prunable_names(state, options.exclude, strict=False)
     endless = {name: kind for name in weights if (kind := _endless(state[name]))}
     measured = concentration({name: state[name] for name in weights if name not in endless}, top=(_TOP,))
     layers = {layer.name: layer for layer in measured.layers}

@@ -42,10 +42,13 @@ def write_safetensors(arrays: dict[str, Tensor], path: str | os.PathLike[str], m
 
     Raises:
         OSError: If it cannot be written; an existing file is as before.
-        ValueError: If the installed safetensors does not know a dtype.
+        ValueError: If the installed safetensors does not know a dtype, or an array has the name that the format keeps
+            for its metadata.
         ImportError: If safetensors is not installed.
     """
     safetensors = _safetensors()
+    if "__metadata__" in arrays:
+        raise ValueError("safetensors keeps the name '__metadata__' for itself: give the tensor another one")
     with written_whole(path) as temporary:
         try:
             safetensors.torch.save_file(arrays, temporary, metadata=metadata)

@@ -36,6 +36,7 @@ LORA = re.compile(r"^lora(_|$)", re.IGNORECASE)
 
 _NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 _EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
+_QUANTIZED = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized")
 # Plain parameters of two and more dimensions that are no weights of a linear map: `bias_k` of nn.MultiheadAttention,
 # `relative_position_bias_table` and `logit_scale` of Swin, `layer_scale` of ConvNeXt, `pos_embed` and `cls_token` of
 # vision transformers.
@@ -70,7 +71,8 @@ def prunable_weights(
     Raises:
         ValueError: If an entry matches nothing in the model, or if a weight cannot be pruned by its magnitude: lazy,
             on the meta device, sparse, complex, quantized, parametrized, under ``torch.nn.utils.prune``, adapted
-            (LoRA and its kin), or a part of another parameter's memory. The message says what to do.
+            (LoRA and its kin), of a TorchScript or exported module, or a part of another parameter's memory. The
+            message says what to do.
         TypeError: If an entry is of no known form.
     """
     return _select(unwrapped(model), exclude, include, trainable_only=False)
@@ -241,13 +243,7 @@ def _hint(entry: Selector, known: set[str]) -> str:
 
 def _sites(model: nn.Module) -> Iterator[_Site]:
     for prefix, path in _paths(model):
-        module = path[-1][1]
-        if isinstance(module, torch.jit.ScriptModule):
-            raise ValueError(
-                f"{prefix or 'the model'} is a TorchScript module, which hides the types of its layers: "
-                "select and prune the eager model, then script it"
-            )
-        for name, parameter in module._parameters.items():
+        for name, parameter in path[-1][1]._parameters.items():
             if parameter is not None:
                 yield _Site(f"{prefix}.{name}" if prefix else name, parameter, path)
 
@@ -291,7 +287,8 @@ def _select(
         if parameter.ndim < 2 or (not direct and any(_left_dense(site) for site in places)):
             continue
         for site in places:
-            for reason, whole in (_reparametrized(site), _adapter(site), (_unrankable(parameter), "")):
+            for check in (_hidden, _reparametrized, _adapter, _unrankable):
+                reason, whole = check(site)
                 if reason:
                     raise ValueError(f"{site.name} {reason}, or leave it out: exclude=[{whole or site.name!r}]")
         selected[places[0].name] = parameter
@@ -373,6 +370,23 @@ def refusal(owner: nn.Module, own_name: str) -> str | None:
     return None
 
 
+def hides_types(module: nn.Module) -> bool:
+    """Say whether a module's layers have lost their types: TorchScript, and graphs of torch.export."""
+    exported = any(kind.__module__.startswith("torch.export") for kind in type(module).__mro__)
+    return exported or isinstance(module, torch.jit.ScriptModule)
+
+
+def _hidden(site: _Site) -> tuple[str | None, str]:
+    for name, module in site.path:
+        if hides_types(module):
+            return (
+                "is of a TorchScript or exported module, which hides what its layers are: select and prune the eager "
+                "model, then script or export it",
+                name,
+            )
+    return None, ""
+
+
 def _reparametrized(site: _Site) -> tuple[str | None, str]:
     """Return the refusal and the layer, as excluding one of its factors would only have the next one refused."""
     inside = isinstance(site.owner, nn.utils.parametrize.ParametrizationList)
@@ -393,7 +407,11 @@ def _adapter(site: _Site) -> tuple[str | None, str]:
     return None, ""
 
 
-def _unrankable(parameter: nn.Parameter) -> str | None:
+def _unrankable(site: _Site) -> tuple[str | None, str]:
+    return _no_rank(site.parameter), ""
+
+
+def _no_rank(parameter: nn.Parameter) -> str | None:
     if parameter.is_quantized or (is_traceable_wrapper_subclass(parameter) and as_dtensor(parameter) is None):
         return f"is held as {type(parameter.data).__name__}: prune before quantizing"
     if parameter.is_complex():
@@ -411,7 +429,7 @@ def _refuse_packed(model: nn.Module, excluded: _Selection, included: _Selection 
     """Refuse torch's quantized layers, which hold no parameters and would pass for having no weights."""
     for name, path in _paths(model):
         kind = type(path[-1][1])
-        if not kind.__module__.startswith("torch.ao.nn.quantized") or "Embedding" in kind.__name__:
+        if not kind.__module__.startswith(_QUANTIZED) or "Embedding" in kind.__name__:
             continue
         packed = hasattr(path[-1][1], "_packed_params") or hasattr(path[-1][1], "_all_weight_values")
         site = _Site(f"{name}.weight", nn.Parameter(torch.empty(0)), path)

@@ -210,14 +210,46 @@ def test_blocks_nest():
 
 
 def test_restoring_in_between():
-    tensor = torch.randn(5)
-    before = tensor.clone()
-    with weights_restored([tensor]) as restore:
-        tensor.zero_()
+    model = nn.Linear(5, 2)
+    weight, before = model.weight, model.weight.detach().clone()
+    with weights_restored(model, [weight]) as restore, torch.no_grad():
+        weight.zero_()
         restore()
-        assert torch.equal(tensor, before)
-        tensor.zero_()
-    assert torch.equal(tensor, before)
+        assert torch.equal(weight, before)
+        weight.zero_()
+    assert torch.equal(weight, before)
+
+
+def replace(model):
+    model.load_state_dict({name: value.clone() for name, value in model.state_dict().items()}, assign=True)
+
+
+def fold_a_weight_norm(model):
+    nn.utils.parametrizations.weight_norm(model[0])
+    nn.utils.parametrize.remove_parametrizations(model[0], "weight")
+
+
+@pytest.mark.parametrize("change", [replace, fold_a_weight_norm, nn.Module.half, nn.Module.double])
+def test_weights_that_a_block_replaces_or_converts_come_back(change):
+    model = nn.Sequential(nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False))
+    model[1].weight = model[0].weight
+    weight, before = model[0].weight, model[0].weight.detach().clone()
+    with applied(model, {"0.weight": torch.rand(8, 8) > 0.5}):
+        change(model)
+    assert model[0].weight is weight
+    assert model[1].weight is weight
+    assert torch.equal(weight, before)
+    zeros = []
+
+    def evaluate(model):
+        zeros.append(int((model[0].weight == 0).sum()))
+        change(model)
+        return 0.0
+
+    sweep(model, evaluate, [0.9, 0.5, 0.0], progress=False)
+    assert zeros == [58, 32, 0]
+    assert model[0].weight is weight
+    assert torch.equal(weight, before)
 
 
 def test_two_masks_on_the_same_memory_are_refused():

@@ -195,6 +195,63 @@ def test_layers_out_of_reach_keep_theirs():
     assert int(model.main.num_batches_tracked) == 1
 
 
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
+def test_statistics_that_are_not_finite_are_replaced(wrong):
+    model, x = nn.BatchNorm1d(3), torch.randn(8, 3)
+    model.running_mean.fill_(wrong)
+    model.running_var.fill_(wrong)
+    recalibrate_batchnorm(model, [x])
+    torch.testing.assert_close(model.running_mean, x.mean(0))
+    torch.testing.assert_close(model.running_var, x.var(0))
+
+
+def test_a_forward_that_goes_to_evaluation_mode_is_an_error():
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+    model(torch.randn(16, 3))
+    before = statistics(model)
+
+    def forward(model, batch):
+        return model.eval()(batch)
+
+    with pytest.raises(ValueError, match="no statistics were estimated"):
+        recalibrate_batchnorm(model, [torch.randn(16, 3)], forward)
+    assert_same(statistics(model), before)
+
+
+def test_a_layer_that_the_model_keeps_in_evaluation_mode_runs_with_its_own_statistics():
+    class Frozen(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.frozen, self.norm = nn.BatchNorm1d(3), nn.BatchNorm1d(3)
+
+        def forward(self, x):
+            self.frozen.eval()
+            return self.norm(self.frozen(x))
+
+    model, x = Frozen(), 3 * torch.randn(64, 3) + 5
+    model.frozen(x)
+    before = model.frozen.running_mean.clone()
+    recalibrate_batchnorm(model, [x])
+    assert torch.equal(model.frozen.running_mean, before)
+    torch.testing.assert_close(model.norm.running_mean, model.frozen.eval()(x).mean(0))
+
+
+def test_a_data_loader_draws_no_number_of_the_training():
+    data = torch.utils.data.TensorDataset(torch.randn(12, 3))
+    before = torch.get_rng_state()
+    recalibrate_batchnorm(Keywords(), torch.utils.data.DataLoader(data, batch_size=4, shuffle=True))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["script", "export"])
+def test_layers_that_have_lost_their_types_are_refused(kind):
+    model, x = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)).eval(), torch.randn(5, 3)
+    hidden = torch.jit.script(model) if kind == "script" else torch.export.export(model, (x,)).module()
+    with pytest.raises(ValueError, match="hides what its layers are"):
+        recalibrate_batchnorm(hidden, [x])
+
+
 class Keywords(nn.Module):
     def __init__(self):
         super().__init__()

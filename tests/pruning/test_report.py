@@ -136,6 +136,16 @@ def test_file_sizes_are_those_of_the_files(tmp_path, sparsity, dtype):
     assert 0 <= os.path.getsize(tmp_path / "file") - found.sparse_bytes < header
 
 
+def test_file_sizes_count_zeros_outside_of_what_is_reported(tmp_path):
+    model = nn.Sequential(nn.Embedding(500, 64), nn.Linear(64, 300), nn.Linear(300, 300))
+    nn.init.zeros_(model[0].weight)
+    apply_(model, magnitude_masks(model, 0.95))
+    save_sparse(model, tmp_path / "file")
+    found = report(model, include="1")
+    assert [layer.name for layer in found.layers] == ["1.weight"]
+    assert 0 <= os.path.getsize(tmp_path / "file") - found.sparse_bytes < 4096
+
+
 def test_shared_weights_count_once():
     model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
     model[1].weight = model[0].weight

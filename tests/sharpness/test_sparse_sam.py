@@ -78,6 +78,26 @@ def test_perturbation_is_masked_and_not_renormalized():
         torch.testing.assert_close(e, mask * rho * x / (plain_norm(g) + 1e-7), rtol=1e-9, atol=1e-14)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_fisher_masks_of_small_gradients_whose_squares_half_precision_loses(dtype):
+    w, g = torch.nn.Parameter(torch.zeros(1000, dtype=dtype)), torch.linspace(1e-5, 1e-4, 1000).to(dtype)
+    optimizer = SparseSAM(torch.optim.SGD([w], lr=0.1), sparsity=0.5)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = (w * g).sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    masks = [optimizer._masks.get(optimizer, w).clone()]
+    optimizer.update_mask([(w * g).sum()])
+    masks.append(optimizer._masks.get(optimizer, w))
+    for mask in masks:
+        assert not mask[:490].any()
+        assert mask[510:].all()
+
+
 def test_fisher_mask_of_single_samples():
     """update_mask(losses) ranks by the sum of squared per-sample gradients, not by the square of their sum."""
     model = net()

@@ -41,7 +41,8 @@ def apply_(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
 def applied(model: nn.Module, masks: Mapping[str, Tensor]) -> Iterator[None]:
     """Prune a model for the duration of a ``with`` block, and put back its exact weights at the end of it.
 
-    Holds a copy of the masked parameters meanwhile.
+    Holds a copy of the masked parameters meanwhile. They come back as the same objects with the same bits, also where
+    the block has put others in their places or converted them, as ``load_state_dict(assign=True)`` and ``half()`` do.
 
     Args:
         model: As in `apply_`.
@@ -56,22 +57,34 @@ def applied(model: nn.Module, masks: Mapping[str, Tensor]) -> Iterator[None]:
     """
     masks = as_masks(masks)
     targets = matched(model, masks)
-    with weights_restored([target.parameter for target in targets]):
+    with weights_restored(unwrapped(model), [target.parameter for target in targets]):
         for target in targets:
             _zero(target, masks)
         yield
 
 
 @contextmanager
-def weights_restored(tensors: Iterable[Tensor]) -> Iterator[Callable[[], None]]:
-    """Put tensors back to what they hold now, bit for bit, when the block is left in whatever way.
+def weights_restored(model: nn.Module, tensors: Iterable[Tensor]) -> Iterator[Callable[[], None]]:
+    """Put parameters back to where they are and what they hold now, bit for bit, when the block is left in any way.
 
     Yields a function that does so before.
     """
-    copies = [(tensor, local(tensor.detach()).clone()) for tensor in tensors]
+    copies = [(tensor, tensor.data, local(tensor.detach()).clone()) for tensor in tensors]
+    wanted = {id(tensor) for tensor, _, _ in copies}
+    places = [
+        (module, name, parameter)
+        for module in model.modules()
+        for name, parameter in module._parameters.items()
+        if id(parameter) in wanted
+    ]
 
     def restore() -> None:
-        for tensor, copy in copies:
+        for module, name, parameter in places:
+            if module._parameters.get(name, parameter) is not parameter:  # it is not there where it is parametrized
+                module._parameters[name] = parameter
+        for tensor, held, copy in copies:
+            if tensor.data.dtype != held.dtype or tensor.data.device != held.device:
+                tensor.data = held
             local(tensor.detach()).copy_(copy)
 
     try:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import is_lazy
 
-from wcr_optim.parameters import unwrapped
+from wcr_optim.parameters import hides_types, unwrapped
 from wcr_optim.pruning.modes import evaluation_mode, without_compilation
 
 Forward = Callable[[nn.Module, Any], object]
@@ -25,8 +25,8 @@ def recalibrate_batchnorm(model: nn.Module, batches: Iterable[Any], forward: For
     every batch counting the same, as torch's ``momentum=None`` does, but summed in float64 whatever the dtype of the
     buffers. Layers that the batches do not reach keep theirs.
 
-    Everything but these layers runs in evaluation mode (no dropout), without gradients. Training flags and momentum
-    are as before afterwards; the order of random numbers is not touched.
+    Everything but these layers runs in evaluation mode (no dropout), without gradients. Training flags, momentum and
+    torch's generator of the CPU, which a DataLoader draws from, are as before afterwards.
 
     Args:
         model: The model. Without norm layers that keep running statistics the batches are not even looked at.
@@ -35,10 +35,16 @@ def recalibrate_batchnorm(model: nn.Module, batches: Iterable[Any], forward: For
         forward: Called as ``forward(model, batch)`` instead, for batches of any other form (default: None)
 
     Raises:
-        ValueError: If there are no batches, or a layer is not initialized yet. As after any exception, the statistics
-            are those from before.
+        ValueError: If there are no batches, a layer is not initialized yet, all layers are brought back to evaluation
+            mode by the model or by ``forward``, or layers are not to be told from others (TorchScript, torch.export).
+            As after any exception, the statistics are those from before.
     """
     model = unwrapped(model)
+    if any(_hides_statistics(module) for module in model.modules()):
+        raise ValueError(
+            "the model has running statistics in a TorchScript or exported module, which hides what its layers are: "
+            "estimate them in the eager model, then script or export it"
+        )
     norms = norms_with_statistics(model)
     if not norms:
         return
@@ -46,24 +52,34 @@ def recalibrate_batchnorm(model: nn.Module, batches: Iterable[Any], forward: For
     momenta = [norm.momentum for norm in norms]
     before = [_statistics(norm) for norm in norms]
     averages = {norm: _Average() for norm in norms}
+    unused = []  # passes through layers that the model or forward has put into evaluation mode
 
     def collect(norm: nn.Module, *_: object) -> None:
         assert isinstance(norm, _NormBase)
-        averages[norm].add(norm)
+        if norm.training:
+            averages[norm].add(norm)
+        else:
+            unused.append(norm)
 
     hooks = [norm.register_forward_hook(collect) for norm in norms]
     try:
-        with evaluation_mode(model), without_compilation(), torch.no_grad():
+        with evaluation_mode(model), without_compilation(), torch.no_grad(), torch.random.fork_rng(devices=[]):
             for norm in norms:
                 norm.training = True
                 norm.momentum = 1.0  # the buffers hold the statistics of one batch at a time
-                norm.reset_running_stats()
+                if not all(bool(buffer.isfinite().all()) for buffer in _mean_and_variance(norm)):
+                    norm.reset_running_stats()  # no batch would overwrite them: 0 * NaN is NaN
             empty = True
             for batch in batches:
                 empty = False
                 run(model, batch)
             if empty:
                 raise ValueError("no batches to estimate the statistics from; an exhausted iterator gives none")
+            if unused and not any(average.batches for average in averages.values()):
+                raise ValueError(
+                    "no statistics were estimated: the model or forward puts its norm layers into evaluation mode; "
+                    "leave the modes to recalibrate_batchnorm"
+                )
             for norm, statistics in zip(norms, before, strict=True):
                 if averages[norm].batches:
                     averages[norm].write(norm)
@@ -87,6 +103,10 @@ def norms_with_statistics(model: nn.Module) -> list[_NormBase]:
         if norm.running_mean is not None and is_lazy(norm.running_mean):
             raise ValueError(f"{type(norm).__name__} is not initialized yet: run one batch through the model first")
     return norms
+
+
+def _hides_statistics(module: nn.Module) -> bool:
+    return hides_types(module) and any(name.endswith("running_mean") for name, _ in module.named_buffers())
 
 
 class _Average:

@@ -181,7 +181,8 @@ def report(
         weights = dict(matched(model, packed))
     flops = None if example is None else _flops(model, weights, example)
     kept = packed.kept_by_name
-    layers = []
+    layers: list[LayerReport] = []
+    sparse_bytes: dict[tuple[object, ...], int] = {}
     for name, tensor in weights.items():
         numel = tensor.numel()
         macs = None if flops is None else flops[name] // 2
@@ -192,7 +193,7 @@ def report(
                 weights=numel,
                 kept=kept[name],
                 dense_bytes=numel * tensor.element_size(),
-                sparse_bytes=_sparse_bytes(tensor, packed[name]),
+                sparse_bytes=sparse_bytes.setdefault(memory(tensor), _sparse_bytes(tensor, packed[name])),
                 dense_macs=macs,
                 sparse_macs=None if macs is None else round(macs * kept[name] / max(1, numel)),
             )
@@ -205,7 +206,9 @@ def report(
         layers=tuple(layers),
         parameters=sum(parameter.numel() for parameter in parameters.values()),
         dense_bytes=dense_bytes,
-        sparse_bytes=dense_bytes - sum(layer.dense_bytes - layer.sparse_bytes for layer in layers),
+        sparse_bytes=sum(
+            sparse_bytes[key] if key in sparse_bytes else _sparse_bytes(tensor) for key, tensor in state.items()
+        ),
         dense_macs=dense_macs,
         sparse_macs=None
         if dense_macs is None
@@ -213,8 +216,9 @@ def report(
     )
 
 
-def _sparse_bytes(weight: Tensor, mask: Tensor) -> int:
-    return encoded_size(whole(weight).cpu().masked_fill(~mask, 0))[1]
+def _sparse_bytes(tensor: Tensor, mask: Tensor | None = None) -> int:
+    plain = whole(tensor).cpu()
+    return encoded_size(plain if mask is None else plain.masked_fill(~mask, 0))[1]
 
 
 def _saved_buffers(model: nn.Module) -> list[Tensor]:

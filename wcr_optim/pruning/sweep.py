@@ -199,7 +199,7 @@ def sweep(
     prunings = weight_cuts(weights, sparsities, scope)
     total = sum(tensor.numel() for tensor in weights.values())
     rows = []
-    with statistics_restored(plain) as restore_statistics, weights_restored(weights.values()) as restore_weights:
+    with statistics_restored(plain) as restore_statistics, weights_restored(plain, weights.values()) as restore_weights:
         for sparsity, cuts in _with_progress(list(zip(sparsities, prunings, strict=True)), progress):
             restore_statistics()
             restore_weights()

@@ -19,6 +19,10 @@ def to_torch_prune(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
     Every masked ``weight`` becomes a parameter ``weight_orig``, a buffer ``weight_mask`` and a hook that multiplies
     the two before each forward pass. Shared parameters are masked wherever they are held.
 
+    ``out_proj`` of ``nn.MultiheadAttention`` has no forward pass of its own, so its hook never runs, as with torch's
+    own methods: its weight stays what it is now, whatever happens to ``weight_orig``. Leave it out where training goes
+    on.
+
     Args:
         model: The model.
         masks: Masks of some or all of its parameters.

@@ -57,8 +57,8 @@ class CrAM(TwoPass):
 
     Raises:
         TypeError: As `SAM`, or if a parameter is complex.
-        ValueError: As `SAM`, if there are no sparsities or one lies outside [0, 1], n of pattern is above m, or a
-            weight to prune is NaN though its gradients are not; the weights are as before then.
+        ValueError: As `SAM`, if there are no sparsities or one lies outside [0, 1], n of pattern is above m, or,
+            without a pattern, a weight to prune is NaN though its gradients are not; the weights are as before then.
         RuntimeError: As `SAM`.
 
     Source:

@@ -52,9 +52,9 @@ class SparseSAM(TwoPass):
     of the perturbed entries, those with the smallest |g|, and takes as many others at random.
 
     Refreshes happen every update_freq steps, with that step's gradient and before its perturbation. Parameters without
-    a gradient are not counted. Masks are saved in the state, and so are the sums for the next Fisher mask, one more
-    copy of the parameters, which update_freq=None does without. Under DDP without reduced first gradients, and with
-    sharded parameters, each rank has masks of its own, of the entries that it holds.
+    a gradient are not counted. Masks are saved in the state, and so are the roots of the sums for the next Fisher mask,
+    one more copy of the parameters, which update_freq=None does without. Under DDP without reduced first gradients, and
+    with sharded parameters, each rank has masks of its own, of the entries that it holds.
 
     See `TwoPass` for manual loops, clipping, mixed precision and DistributedDataParallel.
 
@@ -141,8 +141,10 @@ class SparseSAM(TwoPass):
                     found = torch.autograd.grad(loss, params, allow_unused=True)
                     for p, grad in zip(params, found, strict=True):
                         if grad is not None:
-                            total = sums.setdefault(p, torch.zeros_like(p, requires_grad=False))
-                            local(total).addcmul_(local(grad), local(grad))
+                            # In half precision, squares of small gradients would all be zero.
+                            wide = torch.promote_types(p.dtype, torch.float32)
+                            total = sums.setdefault(p, torch.zeros_like(p, dtype=wide, requires_grad=False))
+                            local(total).add_(local(grad).to(wide).square())
         finally:
             statistics.restore()
         if not sums:
@@ -194,17 +196,17 @@ class SparseSAM(TwoPass):
         if remaining < self.num_samples:
             self._collect(params, scale)
         if remaining == 0:
-            sums = [self._fisher.get(self, p) for p in params]
+            roots = [self._fisher.get(self, p) for p in params]
             scores = [
-                torch.zeros_like(local(p)) if total is None else local(total)
-                for p, total in zip(params, sums, strict=True)
+                torch.zeros_like(local(p)) if root is None else local(root)
+                for p, root in zip(params, roots, strict=True)
             ]
             self._set_masks(params, _keep_largest(scores, self.sparsity))
-            for p, total in zip(params, sums, strict=True):
+            for p, root in zip(params, roots, strict=True):
                 if self.update_freq is None:
                     self._fisher.drop(self, p)
-                elif total is not None:
-                    local(total).zero_()
+                elif root is not None:
+                    local(root).zero_()
 
     def _steps_to_refresh(self, step: int) -> float:
         if self.update_freq is None:
@@ -212,13 +214,17 @@ class SparseSAM(TwoPass):
         return -step % self.update_freq if step else self.update_freq  # not what update_mask() made before training
 
     def _collect(self, params: Sequence[Tensor], scale: float) -> None:
-        """Add this step's squared gradients to the Fisher sums."""
+        """Add this step's squared gradients to the Fisher sums.
+
+        What is kept is their root, which has the gradients' own range: it ranks the entries as the sum does, and
+        optimizers load their state in the parameters' dtype, in which small gradients' squares may all be zero.
+        """
         for p in params:
             if p.grad is not None:
-                total = self._fisher.get(self, p)
-                total = torch.zeros_like(p) if total is None else total
-                local(total).addcmul_(local(p.grad), local(p.grad), value=scale**-2)
-                self._fisher.put(self, p, total)
+                root = self._fisher.get(self, p)
+                root = torch.zeros_like(p) if root is None else root
+                local(root).hypot_(local(p.grad) if scale == 1.0 else local(p.grad) / scale)
+                self._fisher.put(self, p, root)
 
     def _hold_places(self, stepped: Iterable[Tensor]) -> None:
         """Give parameters that were stepped without a mask, by a checkpoint loader's probe, the keys of one.
