@@ -440,6 +440,13 @@ def test_tensor_of_many_strengths_is_refused(name):
         make(sgd(small_net()), torch.ones(2))
 
 
+@each
+def test_tensor_of_a_whole_number_is_refused(name):
+    make, option, _ = WRAPPERS[name]
+    with pytest.raises(TypeError, match=rf"{option} must be a floating-point number, got a tensor of torch\.int64"):
+        make(sgd(small_net()), torch.tensor(1))
+
+
 @pytest.mark.parametrize("bad", ["1e-3", None, True, [1e-3]])
 def test_strength_that_is_no_number(bad):
     with pytest.raises(TypeError, match="weight_concentration must be a number, got"):

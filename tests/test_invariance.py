@@ -148,6 +148,15 @@ class TestInATarget:
             grown.append((energies(net[3].weight)[0] / before).sqrt().item())
         assert [round(g, 2) for g in grown] == [1.0] * 5 + [1.1] + [1.0] * 4 + [1.1] + [1.0]
 
+    def test_a_step_of_length_0_such_as_a_checkpoint_loaders_probe_forgets_nothing(self):
+        net = shrunk(normed())
+        optimizer = adam(net)
+        optimizer.lift_units, optimizer.seen_invariant = True, [([(0, 0)], torch.tensor([True]))]
+        optimizer.param_groups[0]["lr"] = 0.0
+        train(net, optimizer, 1)
+        assert optimizer.lift_units
+        assert [places for places, _ in optimizer.seen_invariant] == [[(0, 0)]]
+
     def test_what_the_network_computes_stays(self):
         """The step that lifts and the same step without: their networks agree, but for eps."""
         nets = [shrunk(normed()).double() for _ in range(2)]

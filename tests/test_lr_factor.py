@@ -328,6 +328,9 @@ class TestSparsityTarget:
         resumed = SparsityTarget(optimizer, 0.9, 60, lr_exponent=0.0)
         resumed.load_state_dict(state)
         assert set(resumed.lr_factors()) == {1.0}
+        optimizer.param_groups[0][LR_FACTOR] = 3.0  # as the optimizer's own state has it, loaded after this one
+        resumed.step()
+        assert set(resumed.lr_factors()) == {1.0}
         optimizer.param_groups[0][LR_FACTOR] = 0.5  # one's own
         own = SparsityTarget(optimizer, 0.9, 60, lr_exponent=0.0)
         resumed_own = SparsityTarget(optimizer, 0.9, 60, lr_exponent=0.0)

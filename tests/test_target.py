@@ -83,6 +83,52 @@ class TestControl:
             lengths.append(optimizer.param_groups[0]["lr"] * target.strengths()[0])
         assert max(lengths[:10]) < 20 * lengths[0]
 
+    @pytest.mark.parametrize("kind", ["l1", "per_unit"])
+    @pytest.mark.parametrize("as_tensor", [False, True])
+    def test_a_strength_of_any_size_does_nothing_before_it_is_worked_out(self, kind, as_tensor):
+        def make(strength):
+            torch.manual_seed(0)
+            net, added = nn.Linear(32, 32, bias=False), nn.Linear(32, 32, bias=False)
+            given = torch.tensor(strength) if as_tensor else strength
+            base = torch.optim.SGD(net.parameters(), lr=0.1)
+            optimizer = L1Decay(base, given) if kind == "l1" else WCR(base, given, form="per_unit")
+            target = SparsityTarget(optimizer, 0.9, 1000)
+            layers = []
+            for step in range(3):
+                if step == 1:
+                    optimizer.add_param_group({"params": added.parameters()})
+                for layer in (net, added):
+                    optimizer.zero_grad() if layer is net else None
+                    layer(teacher_batch(step)[0]).square().mean().backward()
+                optimizer.step()
+                target.step()
+                layers.append([layer.weight.detach().clone() for layer in (net, added)])
+            return layers
+
+        for small, large in zip(make(1e-3), make(100.0), strict=True):
+            torch.testing.assert_close(small, large)
+
+    @pytest.mark.parametrize("scheduler_first", [False, True])
+    def test_weights_survive_a_steep_warm_up_in_either_order_of_the_calls(self, scheduler_first):
+        torch.manual_seed(0)
+        net = nn.Linear(32, 32, bias=False)
+        optimizer = L1Decay(torch.optim.SGD(net.parameters(), lr=0.1))
+        target = SparsityTarget(optimizer, 0.9, 1000)
+        scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1e-6, total_iters=100)
+        sizes = []
+        for step in range(5):
+            optimizer.zero_grad()
+            net(teacher_batch(step)[0]).square().mean().backward()
+            before = optimizer.param_groups[0]["lr"]
+            optimizer.step()
+            calls = [target.step, scheduler.step]
+            for call in reversed(calls) if scheduler_first else calls:
+                call()
+            assert optimizer.param_groups[0]["lr"] > before
+            sizes.append(net.weight.abs().mean().item())
+        ratios = [b / a for a, b in itertools.pairwise(sizes)]
+        assert min(ratios) > 0.98
+
     def test_a_learning_rate_that_starts_at_zero(self):
         net = student()
         optimizer = WCR(BASES["sgd"](param_groups(net)), form="per_unit")
@@ -143,6 +189,18 @@ class TestControl:
         assert target.steps == 3
         assert target.last_tail == tail
         assert len(target.history) == 2
+
+    def test_weights_that_are_all_frozen_at_the_start_are_waited_for(self):
+        net = student()
+        for p in net.parameters():
+            p.requires_grad_(False)
+        optimizer = WCR(BASES["adamw"](net.parameters()), form="per_unit")
+        target = SparsityTarget(optimizer, 0.9, 100, every=1)
+        target.step()
+        assert not target.history
+        net.requires_grad_(True)
+        target.step()
+        assert len(target.history) == 1
 
     def test_torchs_default_dtype_and_device_do_not_matter(self, set_default):
         histories = []

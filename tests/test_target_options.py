@@ -138,6 +138,13 @@ class TestStrengthSchedule:
         assert seen[55] == pytest.approx(1.0)
         assert seen[100] == seen[119] == 0.0
 
+    @pytest.mark.parametrize("shape", ["constant", "linear", "cosine"])
+    def test_a_warm_up_alone_keeps_its_last_factor(self, shape):
+        schedule = StrengthSchedule(WCR(BASES["sgd"](student().parameters()), 1.0), 10, warmup=10, shape=shape)
+        for _ in range(15):
+            schedule.step()
+        assert schedule.strengths() == [1.0]
+
     @pytest.mark.parametrize(("shape", "last"), [("constant", 1.0), ("linear", 0.25), ("cosine", 0.25)])
     def test_ends(self, shape, last):
         optimizer = WCR(BASES["sgd"](student().parameters()), 1.0)

@@ -3,6 +3,7 @@
 import math
 
 import pytest
+import torch
 
 from wcr_optim.trend import LossTrend
 
@@ -23,6 +24,27 @@ def test_a_first_window_that_is_not_finite_hides_no_later_rise(first):
     assert found[-1] > 0.5
     assert all(math.isfinite(value) for value in trend.state_dict().values())
     assert trend.allowed(None) == pytest.approx(0.8 * (trend.first - trend.best))
+
+
+@pytest.mark.parametrize("as_tensor", [False, True])
+def test_a_loss_of_nan_hides_nothing_of_its_window(as_tensor):
+    trend = LossTrend()
+    for loss in (1.0, math.nan, 3.0):
+        trend.add(torch.tensor(loss) if as_tensor else loss)
+    resumed = LossTrend()
+    resumed.load_state_dict(trend.state_dict())
+    for one in (trend, resumed):
+        assert float(one.window(torch.device("cpu"), torch.float64)) == 2.0
+        one.add(torch.tensor(math.nan) if as_tensor else math.nan)
+        assert math.isnan(float(one.window(torch.device("cpu"), torch.float64)))
+
+
+def test_an_easy_first_batch_is_not_what_training_began_with():
+    trend = LossTrend()
+    for mean in [0.001, *FALLING]:
+        trend.update(mean)
+    assert trend.first == 1.0
+    assert trend.allowed(None) > 0.1, "not of what that batch had"
 
 
 def test_a_loss_beyond_all_squares_is_a_rise_and_no_error():

@@ -26,6 +26,8 @@ FIRST_PULL = 5.0  # mean magnitudes that the thresholds of the whole run would a
 MAX_ENERGY_LOSS, MAX_ENERGY_GROWTH = 10.0, 3.0  # as logarithms, of any layer over the whole run, by the penalty alone
 RECOVERY = 1.1  # of a ceiling, from one measurement to the next at which the loss is well
 DEAD = 1e-4  # of its energy at the start: a layer that the penalty has all but taken away
+AT_PEAK = "at the largest learning rate that there was"
+ROUNDING = 1 + 1e-6  # of a product of lr, level and share, which round one way or another
 USELESS = 1.01  # a larger step that raises the thresholds by less than this has no effect left to give
 
 
@@ -136,6 +138,11 @@ class Loop:
         self.level = self.first_level = math.exp(low) / lr
         self.lr_peak, self.obstacle = lr, ""
 
+    @property
+    def longest(self) -> float:
+        """The longest step that was worked out, as lr * level: that at the lr's peak, 0 until the loop has begun."""
+        return self.lr_peak * self.level if self.has_begun else 0.0
+
     def keep_step_length(self, lr: float) -> bool:
         """Where lr rises above what it has been, in a warm-up, keep lr * level; return whether that moved the level."""
         if not (self.has_begun and lr > self.lr_peak):
@@ -181,16 +188,18 @@ class Loop:
                 group, place = name.split(".")
                 self.obstacle = f"parameter {place} of group {group} lost nearly all of its energy"
                 return -MAX_CHANGE
+        # At the peak of the lr, also where it is lower by now: else the strength would rise as the lr falls, and the
+        # penalty go on as before where the gradient that holds against it no longer does.
         s = self.lr_peak * self.level
         effect = _effect(driven, s * math.exp(MAX_CHANGE))
         if effect.pull < USELESS * _effect(driven, s).pull:
-            self.obstacle = "the penalty saturates: a larger strength has no further effect"
+            self.obstacle = f"the penalty saturates: {AT_PEAK}, a larger strength has no further effect"
             return 0.0
         if effect.loss > MAX_ENERGY_LOSS / driven.total_steps:
-            self.obstacle = "a larger strength would take the energy of whole layers away"
+            self.obstacle = f"{AT_PEAK}, a larger strength would take the energy of whole layers away"
             return 0.0
         if effect.growth > MAX_ENERGY_GROWTH / driven.total_steps:
-            self.obstacle = "a larger strength would make the weights of whole layers grow without bound"
+            self.obstacle = f"{AT_PEAK}, a larger strength would make the weights of whole layers grow without bound"
             return 0.0
         if cost.was_asked_for:  # come to rest at the allowed cost rather than swing around it
             return MAX_CHANGE * min(max(2 * (1 - cost.now / cost.allowed), 0.0), 1.0)

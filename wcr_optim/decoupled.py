@@ -99,6 +99,12 @@ class Decoupled(OptimizerWrapper):
     """
     driver: str = ""
     """Name of the SparsityTarget that drives the strength, "" if none does."""
+    longest: Mapping[int, float] | None = None
+    """Bounds on the groups' steps lr * strength; None for no bounds, and no step for a group that is not among them.
+
+    SparsityTarget sets them: a strength is worked out for an lr, and a scheduler may have raised it since. On a device
+    and inside a graph of torch.compile steps are taken as they are.
+    """
     cutoff: float = math.inf
     """Magnitude from which that one threshold spares weights; SparsityTarget sets it by what pruning will keep."""
     _outside_graphs: ClassVar[Callable[[Decoupled], None]]
@@ -142,8 +148,6 @@ class Decoupled(OptimizerWrapper):
             type(self)._outside_graphs(self)
         else:
             self._regularize()
-        if not torch.compiler.is_compiling():
-            self.lift_units = False
         super().update()
         if isinstance(self.base, FusedUpdate):
             self.base.forget()
@@ -186,19 +190,20 @@ class Decoupled(OptimizerWrapper):
     def _regularize(self) -> None:
         if isinstance(self.base, FusedUpdate):
             self.base.forget()  # what an interrupted step left
-        if self.lift_units and not torch.compiler.is_compiling():
-            self.seen_invariant = ()
         weights: defaultdict[torch.device, list[Tensor]] = defaultdict(list)
         places: defaultdict[torch.device, list[Place]] = defaultdict(list)
         lengths: defaultdict[torch.device, list[Tensor]] = defaultdict(list)
         for number, group in enumerate(self._filled_groups()):
-            s = group["lr"] * group[self.penalty.option]
+            s = self._bounded(group["lr"] * group[self.penalty.option], number)
             if _is_zero(s):
                 continue
             for device, chosen in self._regularized(group).items():
                 weights[device] += chosen.values()
                 places[device] += [(number, place) for place in chosen]
                 lengths[device].append(_repeat(s, len(chosen), device))
+        lifts = self.lift_units and not torch.compiler.is_compiling()
+        if lifts and weights:  # not in a step of length 0, such as a checkpoint loader's probe
+            self.seen_invariant = ()
         where = {device: backends.choose(self.backend, device, layers) for device, layers in weights.items()}
         seed = self._next_seed(weights, where)
         for device, layers in weights.items():
@@ -214,6 +219,16 @@ class Decoupled(OptimizerWrapper):
             for stream, index in random_streams(layers):
                 own = [layers[i] for i in index]
                 self._shrink(own, select(gain, index), select(threshold, index), _apart(seed, stream * STREAM), backend)
+        if lifts and weights:
+            self.lift_units = False
+
+    def _bounded(self, s: float | Tensor, number: int) -> float | Tensor:
+        """Return a group's step length, no longer than `longest` says."""
+        on_device = isinstance(s, Tensor) and s.device.type != "cpu"
+        if self.longest is None or on_device or torch.compiler.is_compiling():
+            return s
+        most = self.longest.get(number, 0.0)
+        return s.clamp(max=most) if isinstance(s, Tensor) else min(s, most)
 
     def _flow(self, moments: Moments, s: Tensor, backend: str) -> tuple[Tensor, Tensor]:
         if torch.compiler.is_compiling():
@@ -338,6 +353,10 @@ class Decoupled(OptimizerWrapper):
         if isinstance(min_ndim, bool) or not isinstance(min_ndim, int):
             raise TypeError(f"min_ndim must be a whole number, got {min_ndim!r} in {where}")
         if isinstance(strength, Tensor):
+            if not strength.is_floating_point():
+                raise TypeError(
+                    f"{option} must be a floating-point number, got a tensor of {strength.dtype} in {where}"
+                )
             if strength.numel() != 1:
                 raise ValueError(
                     f"{option} must be one number, got a tensor of shape {tuple(strength.shape)} in {where}; "

@@ -37,6 +37,7 @@ class LrCompensation:
     def __init__(self, strengths: Strengths, sparsity: float, exponent: float) -> None:
         self._strengths, self._most, self.exponent = strengths, 1 / (1 - sparsity), exponent
         self._first_density: dict[int, float] = {}  # of each group
+        self._undoes = False
         for index in strengths.driven() if exponent else ():
             self._set(index, 1.0)  # from the start: a checkpoint loaded through a template finds a place
 
@@ -82,10 +83,17 @@ class LrCompensation:
         """Go on from a state, that of an earlier version without compensation too."""
         self._first_density = dict(state_dict.get("first_density", ()))
         factors = state_dict.get("lr_factors", ())
-        undone = not self.exponent and self._first_density  # what an exponent had raised, nothing would move again
+        # What an exponent had raised, nothing would move again. The optimizer's own state may come after this one.
+        self._undoes = not self.exponent and bool(self._first_density)
         for index in self._strengths.driven():
             if index < len(factors):
-                self._set(index, 1.0 if undone else factors[index])
+                self._set(index, 1.0 if self._undoes else factors[index])
+
+    def undo(self) -> None:
+        """Without an exponent, take back once more what the state that was loaded had raised."""
+        for index in self._strengths.driven() if self._undoes else ():
+            self._set(index, 1.0)
+        self._undoes = False
 
     def _set(self, index: int, factor: float) -> None:
         present = self._strengths.groups[index].get(LR_FACTOR, 1.0)

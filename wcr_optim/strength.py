@@ -154,7 +154,8 @@ class StrengthSchedule:
         """Return the factor at the present step."""
         if self.steps < self.warmup:
             return self.steps / self.warmup
-        progress = min((self.steps - self.warmup) / max(self.total_steps - self.warmup, 1), 1.0)
+        span = self.total_steps - self.warmup
+        progress = min((self.steps - self.warmup) / span, 1.0) if span else 0.0
         if self.shape == "constant":
             return 1.0
         fallen = progress if self.shape == "linear" else (1 - math.cos(math.pi * progress)) / 2

@@ -6,6 +6,7 @@ import math
 import os
 import warnings
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any, NamedTuple
 from uuid import uuid4
@@ -15,7 +16,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from wcr_optim.checks import check_count, check_number
-from wcr_optim.control import Cost, Driven, Loop
+from wcr_optim.control import ROUNDING, Cost, Driven, Loop
 from wcr_optim.decoupled import Place
 from wcr_optim.layout import local
 from wcr_optim.lr_compensation import LrCompensation, follows_the_gradient, usual_exponent
@@ -62,8 +63,8 @@ class SparsityTarget:
     remove. The object measures it every few steps and moves the strength by a bounded factor so that the tail's
     logarithm falls evenly, from what it is at the start to `tail_energy` when 40 % of the run are over; from then on it
     is held there, for as long as training goes on. It starts at a strength worked out from the weights and the
-    learning rate, so the one given to the penalty matters only as a ratio between groups; groups with strength 0 are
-    neither driven nor measured.
+    learning rate after the first step, before which there is no penalty, so the one given to the penalty matters only
+    as a ratio between groups; groups whose strength is 0 when this is made are neither driven nor measured.
 
         optimizer = WCR(torch.optim.SGD(param_groups(model), lr=0.1, momentum=0.9), form="per_unit")
         target = SparsityTarget(optimizer, sparsity=0.95, total_steps=epochs * len(batches))
@@ -186,6 +187,7 @@ class SparsityTarget:
         self._loops: list[Loop] = []
         self._first_energy: dict[str, float] = {}
         self._loss = LossTrend()
+        self._bound_steps()
         if isinstance(self._penalty, InverseVariance):
             warnings.warn(
                 "the preprint's form of WCR cannot be driven far: its threshold is the layer's mean magnitude and its "
@@ -228,6 +230,7 @@ class SparsityTarget:
         if loss is not None:
             self._loss.add(loss, self._strengths.device)
         self.steps += 1
+        self._lr_compensation.undo()
         self._find_loops()
         for loop in self._loops:
             if loop.keep_step_length(self._lr(loop)):
@@ -236,6 +239,7 @@ class SparsityTarget:
         if begins or self.steps % self.every == 0 or self.steps == self.total_steps:
             with self._strengths.chain.true_weights():  # SSAM's, in a loop without closures, are others between steps
                 self._control()
+        self._bound_steps()
         self._ask_for_lifts()
         if self.steps == self.total_steps:
             self._warn_if_missed()
@@ -249,15 +253,17 @@ class SparsityTarget:
 
     def state_dict(self) -> dict[str, Any]:
         """Return what `load_state_dict` needs to go on exactly: numbers, strings and lists of them."""
-        base = self._strengths.decoupled
+        base, loops = self._strengths.decoupled, deepcopy(self._loops)
         return {
             "steps": self.steps,
             "last_tail": self.last_tail,
+            "scope": self.scope,
             "given": list(self._strengths.given),
             "reference": self._strengths.reference,
             # In columns and pairs, since torch.distributed.checkpoint loads into the keys that a new object has, and
             # takes no list of dicts for a value.
-            "loops": {field.name: [getattr(loop, field.name) for loop in self._loops] for field in fields(Loop)},
+            "loops": {field.name: [getattr(loop, field.name) for loop in loops] for field in fields(Loop)},
+            "longest": [list(pair) for pair in (base.longest or {}).items()],
             "first_energy": [list(pair) for pair in self._first_energy.items()],
             **self._lr_compensation.state_dict(),
             "scale_invariant": [list(place) for place in base.scale_invariant],
@@ -282,7 +288,7 @@ class SparsityTarget:
         history, energy = [list(row) for row in state_dict["history"]], dict(state_dict["first_energy"])
         steps, last_tail = state_dict["steps"], state_dict["last_tail"]
         several = len(loops) > 1 if self.scope == "global" else any(len(loop.groups) > 1 for loop in loops)
-        if several:
+        if several or state_dict.get("scope", self.scope) != self.scope:  # states of earlier versions do not say it
             other = "layer" if self.scope == "global" else "global"
             raise ValueError(f"the state is that of scope={other!r}, and this object has scope={self.scope!r}")
         loss = LossTrend()
@@ -301,6 +307,9 @@ class SparsityTarget:
                 ([(group, place)], torch.tensor([invariant], device="cpu")) for group, place, invariant in seen
             ]
             base.cutoff = state_dict.get("cutoff", math.inf)
+        self._bound_steps()
+        if "longest" in state_dict:  # the lr may be loaded only later
+            base.longest = dict(state_dict["longest"])
         self._ask_for_lifts()
 
     def _find_loops(self) -> None:
@@ -333,26 +342,38 @@ class SparsityTarget:
                 if index < len(self._strengths.groups):
                     self._strengths.set(index, loop.level)
 
+    def _bound_steps(self) -> None:
+        """Let no group's step be longer than its loop has found, nor any while that has not begun."""
+        groups, driven = self._strengths.groups, self._strengths.driven()
+        longest = {index: math.inf for index in range(len(groups)) if index not in driven}
+        for loop in self._loops:
+            lr = self._lr(loop)
+            for index in loop.groups:
+                if loop.has_begun and index < len(groups):
+                    share = self._strengths.share(index) * (float(groups[index]["lr"]) / lr if lr > 0.0 else 1.0)
+                    longest[index] = ROUNDING * loop.longest * share
+        self._strengths.decoupled.longest = longest
+
     def _ask_for_lifts(self) -> None:
         """Have the step after each measurement enlarge the units that fell behind."""
         self._strengths.decoupled.lift_units = (
             self._penalty.per_unit and self.steps > 0 and self.steps % self.every == 0
         )
 
-    def _layers(self, loop: Loop) -> list[tuple[str, int, Tensor]]:
-        """List a loop's weights: a name, the group, the tensor."""
+    def _layers(self, loop: Loop, *, frozen: bool = False) -> list[tuple[str, int, Tensor]]:
+        """List a loop's weights, or those that are frozen at present: a name, the group, the tensor."""
         layers = []
         for index in loop.groups:
             group = self._strengths.groups[index]
             min_ndim = group.get("min_ndim", self._penalty.min_ndim)
             for place, w in enumerate(group["params"]):
-                if w.requires_grad and w.ndim >= min_ndim:
+                if w.requires_grad != frozen and w.ndim >= min_ndim:
                     layers.append((f"{index}.{place}", index, w.detach()))
         return layers
 
     def _control(self) -> None:
         layers = [self._layers(loop) for loop in self._loops]
-        if self.history and not any(layers):
+        if not any(layers) and any(self._layers(loop, frozen=True) for loop in self._loops):
             return  # all of them frozen for a time
         measured = self._measure(layers)
         if measured.seen_invariant:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from wcr_optim.layout import as_dtensor
 from wcr_optim.precision import accumulator
 
 SMOOTHING = 0.2  # weight of the newest window
@@ -27,7 +28,7 @@ class LossTrend:
     Attributes:
         smooth: The smoothed loss; NaN before the first window.
         best: The lowest it has been.
-        first: The mean of the first window.
+        first: The largest mean of the first windows, as one batch, which the first window is, may be an easy one.
         noise: Variance of a window's mean around the smoothed loss, when that was at its best.
     """
 
@@ -36,7 +37,7 @@ class LossTrend:
         self.noise = 0.0
         self._squares, self._windows = 0.0, 0
         self._sum: float | Tensor = 0.0
-        self._count = 0
+        self._count: int | Tensor = 0
 
     def add(self, loss: float | Tensor, device: torch.device | None = None) -> None:
         """Add a step's loss to the window; a tensor stays on its device.
@@ -55,6 +56,8 @@ class LossTrend:
         if isinstance(loss, np.ndarray):
             loss = torch.from_numpy(loss)
         if isinstance(loss, Tensor):
+            sharded = as_dtensor(loss)  # as under loss_parallel()
+            loss = loss if sharded is None else sharded.full_tensor()
             if loss.numel() != 1:
                 raise ValueError(f"loss must be one number, got a tensor of shape {tuple(loss.shape)}; reduce it first")
             if loss.is_complex():
@@ -64,8 +67,14 @@ class LossTrend:
             loss = float(loss)
         else:
             raise TypeError(f"loss must be a real number or a tensor of one, got {loss!r}")
-        self._sum = self._sum + _over_ranks(loss, device or torch.device("cpu"))
-        self._count += 1
+        loss = _over_ranks(loss, device or torch.device("cpu"))
+        # A NaN, as of a batch without labels, tells nothing and shall not hide what the window's other steps tell.
+        if isinstance(loss, Tensor):
+            told = ~loss.isnan()
+            self._sum = self._sum + torch.where(told, loss, 0.0)
+            self._count = self._count + told
+        elif not math.isnan(loss):
+            self._sum, self._count = self._sum + loss, self._count + 1
 
     def window(self, device: torch.device, dtype: torch.dtype) -> Tensor:
         """Close the window: return its mean, NaN if it is empty; shape ()."""
@@ -73,7 +82,8 @@ class LossTrend:
             total = self._sum.to(device, dtype)
         else:  # a number travels in the kernel's arguments, where a copy of it would be waited for
             total = torch.full((), self._sum, dtype=dtype, device=device)
-        mean = total / self._count if self._count else torch.full_like(total, math.nan)
+        count = self._count if isinstance(self._count, Tensor) else torch.full_like(total, self._count)
+        mean = total / count.to(device, dtype)
         self._sum, self._count = 0.0, 0
         return mean
 
@@ -81,7 +91,7 @@ class LossTrend:
         """Take a window's mean in; return how far the smoothed loss is above its best, noise taken off.
 
         Returns:
-            0 if the mean is NaN because there was no loss; infinity if the loss is infinite.
+            0 if the mean is NaN because there was no loss, or none but NaN; infinity if the loss is infinite.
         """
         if math.isnan(mean):
             return 0.0
@@ -93,6 +103,8 @@ class LossTrend:
         difference = mean - self.smooth
         self._squares += SMOOTHING * (difference * difference - self._squares)  # a power would raise OverflowError
         self._windows += 1
+        if self._windows <= SETTLING:
+            self.first = max(self.first, mean)
         self.smooth += SMOOTHING * difference
         if self.smooth <= self.best or self._windows <= SETTLING:  # the noise of before a rise: the rise itself is none
             self.best, self.noise = self.smooth, self._squares / (1 - (1 - SMOOTHING) ** self._windows)
@@ -116,7 +128,7 @@ class LossTrend:
             "squares": self._squares,
             "windows": self._windows,
             "sum": float(self._sum),
-            "count": self._count,
+            "count": int(self._count),
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:

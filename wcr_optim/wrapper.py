@@ -205,7 +205,7 @@ class OptimizerWrapper(Optimizer):
                 group = self.param_groups[index]  # looked up again: a base may have put another in its place
                 if group[key] is value:
                     group[key] = before
-                elif key == "lr":  # the base, or a scheduler in a hook of it, changed it meanwhile
+                elif key == "lr":  # the base, or a scheduler in a hook of it, multiplied it meanwhile
                     group[key] = group[key] / group[LR_FACTOR]
 
     def _decays_by_lr(self, group: Mapping[str, Any]) -> bool:
@@ -367,6 +367,8 @@ class OptimizerWrapper(Optimizer):
             raise ValueError(f"param_groups[{index}] has no parameters; leave the group out")
         factor = group.get(LR_FACTOR, 1.0)
         if isinstance(factor, Tensor):
+            if not factor.is_floating_point():
+                raise TypeError(f"{LR_FACTOR} must be a floating-point number, got a tensor of {factor.dtype}")
             return  # reading it would wait for its device
         if isinstance(factor, bool) or not isinstance(factor, (int, float)):
             raise TypeError(f"{LR_FACTOR} must be a number, got {factor!r} in param_groups[{index}]")

@@ -5,9 +5,11 @@ import torch
 import torch.distributed as dist
 from processes import run_processes
 from reference import small_batch, small_net
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, loss_parallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
 from wcr_optim import WCR, SparsityTarget, compiled
@@ -197,3 +199,22 @@ def _replicas(rank):
 
 def test_replicas_see_the_same_loss_and_stay_the_same():
     run_processes(_replicas, 2)
+
+
+def _vocabulary_parallel(rank):
+    mesh = init_device_mesh("cpu", (2,))
+    net = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 8))
+    parallelize_module(net, mesh, {"2": ColwiseParallel(use_local_output=False)})
+    optimizer = WCR(torch.optim.AdamW(net.parameters(), lr=1e-3, foreach=False), form="per_unit")
+    target = SparsityTarget(optimizer, 0.9, 10)
+    x, y = torch.randn(8, 16, generator=torch.Generator().manual_seed(0)), torch.arange(8)
+    with loss_parallel():
+        loss = nn.functional.cross_entropy(net(x), y)
+        loss.backward()
+    optimizer.step()
+    target.step(loss)
+    assert target.history[0][4] == pytest.approx(float(loss.detach().full_tensor()))
+
+
+def test_a_loss_that_is_spread_over_ranks():
+    run_processes(_vocabulary_parallel, 2)
