@@ -224,8 +224,9 @@ class Decoupled(OptimizerWrapper):
 
     def _bounded(self, s: float | Tensor, number: int) -> float | Tensor:
         """Return a group's step length, no longer than `longest` says."""
-        on_device = isinstance(s, Tensor) and s.device.type != "cpu"
-        if self.longest is None or on_device or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or self.longest is None:
+            return s
+        if isinstance(s, Tensor) and s.device.type != "cpu":
             return s
         most = self.longest.get(number, 0.0)
         return s.clamp(max=most) if isinstance(s, Tensor) else min(s, most)
