@@ -12,7 +12,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
-from lightning_nets import BATCHES, FILTERS, Net, cosine, fit, plain, trainer, val_loader
+from lightning_nets import BATCHES, FILTERS, Net, cosine, fit, plain, train_loader, trainer, val_loader
 from reference import assert_same, small_batch
 
 import wcr_optim
@@ -155,6 +155,22 @@ def test_target_equals_a_plain_loop(accumulate):
     assert float(logged["sparsity_target/strength"]) == pytest.approx(max(callback.target.strengths()))
 
 
+def test_target_sees_the_mean_of_an_epochs_last_batches_that_fill_no_accumulation(monkeypatch):
+    seen, losses, step = [], [], SparsityTarget.step
+
+    class Noting(Net):
+        def loss(self, batch):
+            found = super().loss(batch)
+            if self.training:
+                losses.append(found.item())
+            return found
+
+    monkeypatch.setattr(SparsityTarget, "step", lambda self, loss=None: (seen.append(float(loss)), step(self, loss)))
+    fit(Noting(driven), SparsityTargetCallback(0.5, 100), accumulate_grad_batches=4)
+    rows = [losses[first : first + size] for first, size in ((0, 4), (4, 2), (6, 4), (10, 2))]
+    assert seen == pytest.approx([sum(row) / len(row) for row in rows])
+
+
 def test_target_wants_to_know_the_number_of_steps():
     with pytest.raises(ValueError, match="total_steps"):
         fit(Net(driven), SparsityTargetCallback(0.5), max_epochs=-1, max_steps=-1, max_time="00:00:00:20")
@@ -174,8 +190,12 @@ def test_target_of_several_optimizers():
             return [WCR(OPT.SGD(half.parameters(), lr=0.05), form="scale_free") for half in halves]
 
     first, second = (SparsityTargetCallback(0.5, 100, optimizer=index) for index in range(2))
-    fit(Two(None), first, second)
+    measures = [ConcentrationCallback(optimizer=index) for index in range(2)]
+    run = fit(Two(None), first, second, *measures)
     assert first.state_key != second.state_key
+    for name, target in (("sparsity_target/tail", first), ("sparsity_target_1/tail", second)):
+        assert float(run.callback_metrics[name]) == pytest.approx(target.target.last_tail)
+    assert run.callback_metrics["concentration/mean"] != run.callback_metrics["concentration_1/mean"]
     assert (first.target.steps, second.target.steps) == (2 * BATCHES, BATCHES)
 
 
@@ -189,6 +209,17 @@ def test_skipped_steps_are_not_the_targets():
     fit(Overflowing(driven), callback, precision="16-mixed")
     assert callback.target.steps == 2 * (BATCHES - 1)
     assert all(math.isfinite(loss) for *_, loss in callback.target.history)
+
+
+def test_a_checkpoint_that_is_only_validated_is_nothing_to_go_on_from(tmp_path):
+    callback = SparsityTargetCallback(0.5, 100)
+    module = Net(driven)
+    run = fit(module, callback)
+    run.save_checkpoint(tmp_path / "early.ckpt")
+    run.fit_loop.max_epochs = 4
+    run.validate(module, val_loader(), ckpt_path=tmp_path / "early.ckpt", verbose=False, weights_only=True)
+    run.fit(module, train_loader(), val_loader())
+    assert callback.target.steps == 2 * BATCHES
 
 
 class Saved(Callback):

@@ -1,8 +1,11 @@
 """SAM and its kin under Lightning: accumulation, clipping, half precision, dropout, logs, manual optimization."""
 
+import copy
+import pickle
+
 import pytest
 import torch
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, EMAWeightAveraging
 from lightning_nets import BATCHES, FILTERS, Net, cosine, fit, plain
 from reference import assert_same
 from torch import nn
@@ -339,3 +342,44 @@ def test_without_the_callback_nothing_goes_wrong_silently(name):
     if name != "ssam":  # whose steps need no closure
         with pytest.raises(RuntimeError, match="SharpnessCallback"):
             fit(Net(make), precision="16-mixed")
+
+
+def test_a_module_is_copied_and_pickled_while_it_trains():
+    class Copies(Callback):
+        copies = ()
+
+        def on_train_start(self, trainer, pl_module):
+            self.copies = (copy.deepcopy(pl_module), pickle.loads(pickle.dumps(pl_module)))
+
+    copies = Copies()
+    fit(Net(sam_by_name), SharpnessCallback(), copies, max_epochs=1)
+    for module in copies.copies:  # which Lightning trains on as it would any other
+        fit(module, max_epochs=1)
+
+
+def sam_by_name(module):
+    return SAM(torch.optim.SGD(module.parameters(), lr=0.05))
+
+
+def test_averaged_weights_of_ssam_in_manual_optimization():
+    def make(module):
+        return WCR(SSAM(torch.optim.SGD(module.parameters(), lr=0.0), rho=1.0), 0.0)
+
+    class Manual(Net):
+        def __init__(self):
+            super().__init__(make)
+            self.automatic_optimization = False
+
+        def training_step(self, batch, batch_idx):
+            optimizer = self.optimizers()
+            self.manual_backward(self.loss(batch))
+            optimizer.step()
+            optimizer.zero_grad()
+
+    module = Manual()
+    before = copy.deepcopy(module.net)
+    averaging = EMAWeightAveraging(decay=0.5, update_starting_at_step=0)
+    fit(module, SharpnessCallback(), averaging)
+    assert_same(module.net, before)
+    with pytest.raises(ValueError, match="put SharpnessCallback before EMAWeightAveraging"):
+        fit(Manual(), averaging, SharpnessCallback())

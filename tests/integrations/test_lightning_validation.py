@@ -29,6 +29,32 @@ def mean_loss(module, rows):
         return sum(module.loss(row).item() * len(row[0]) for row in rows) / sum(len(row[0]) for row in rows)
 
 
+def test_batches_of_ones_own_whose_size_nobody_needs():
+    class Batch:
+        def __init__(self, rows):
+            self.x, self.y = rows
+
+    class Own(Net):
+        def __init__(self, make):
+            super().__init__(make)
+            self.metric = MeanMetric()
+
+        def training_step(self, batch, batch_idx):
+            return self.loss((batch.x, batch.y))
+
+        def validation_step(self, batch, batch_idx):
+            loss = self.loss((batch.x, batch.y))
+            self.metric(loss)
+            self.log("val", self.metric)
+            self.log("largest", loss, reduce_fx="max")
+
+    rows = DataLoader([small_batch(index) for index in range(3)], batch_size=None, collate_fn=Batch)
+    run = trainer(PrunedEvaluationCallback((0,)), max_epochs=1)
+    run.fit(Own(make), rows, rows)
+    for name in ("val", "largest"):
+        assert run.callback_metrics[f"{name}_at_0"] == run.callback_metrics[name]
+
+
 def test_the_same_figures_as_by_hand():
     module = Net(make)
     loader = val_loader(3, size=5)

@@ -5,6 +5,7 @@ import importlib
 import json
 import math
 import os
+import pickle
 import random
 import re
 import signal
@@ -237,6 +238,17 @@ class TestSparsityTarget:
         torch.testing.assert_close(torch.tensor(histories[0]), torch.tensor(histories[1]), rtol=1e-4, atol=0)
         assert all(math.isfinite(smooth) for *_, smooth in histories[0])
 
+    def test_a_model_is_pickled_while_it_trains(self, tmp_path):
+        class Pickles(TrainerCallback):
+            def on_step_end(self, args, state, control, **kwargs):
+                self.model = pickle.loads(pickle.dumps(kwargs["model"]))
+
+        pickles, callback = Pickles(), SparsityTargetCallback(0.5)
+        model = network()
+        trainer_of(tmp_path, model, driven(groups_of(model)), callbacks=[callback, pickles]).train()
+        assert_same(pickles.model, model)
+        pickles.model(**next(batches(text(), 1)))
+
     def test_reaches_its_goal_without_a_warning(self, tmp_path):
         model, steps = network(), 80
         callback = SparsityTargetCallback(sparsity=0.5, tail_energy=1e-2)
@@ -452,11 +464,50 @@ class TestPrunedEvaluation:
 
         trainer = Own(network(), arguments(tmp_path), eval_dataset=text(16, seed=2))
         trainer.add_callback(PrunedEvaluationCallback(trainer, [0.5]))
-        if loss:
-            assert "eval_loss_at_0.5" in trainer.evaluate()
-        else:
-            with pytest.raises(ValueError, match=r"no metric of \['score'\] is called PREFIX_loss"):
-                trainer.evaluate()
+        assert ("eval_loss_at_0.5" if loss else "score_at_0.5") in trainer.evaluate()
+
+    def test_keys_to_ignore(self, tmp_path):
+        model = network()
+        model.config.output_hidden_states = True
+
+        def shape(predictions):
+            assert isinstance(predictions.predictions, np.ndarray)
+            return {"largest": float(predictions.predictions.max())}
+
+        trainer = trainer_of(tmp_path, model, eval_strategy="steps", eval_steps=5)
+        trainer.compute_metrics = shape
+        trainer.add_callback(PrunedEvaluationCallback(trainer, [0.0, 0.5]))
+        trainer.train(ignore_keys_for_eval=["hidden_states"])
+        assert logged(trainer, "eval_largest_at_0") == logged(trainer, "eval_largest")
+
+    def test_an_evaluation_of_ones_own_that_makes_its_metrics_itself(self, tmp_path):
+        told = []
+
+        class Answers(Trainer):
+            def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
+                loader, metrics = self.get_eval_dataloader(eval_dataset), self.compute_metrics
+                self.compute_metrics = None
+                try:
+                    output = self.evaluation_loop(loader, "Own", False, metric_key_prefix=metric_key_prefix)
+                finally:
+                    self.compute_metrics = metrics
+                found = {f"{metric_key_prefix}_{k}": v for k, v in metrics(output.predictions.argmax(-1)).items()}
+                self.log(found)
+                self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, found)
+                return found
+
+        class Told(TrainerCallback):
+            def on_evaluate(self, args, state, control, metrics, **kwargs):
+                told.append(set(metrics) - {"epoch"})
+
+        trainer = Answers(network(), arguments(tmp_path), eval_dataset=text(16, seed=2))
+        trainer.compute_metrics = lambda tokens: {"mean": float(tokens.mean())}
+        trainer.add_callback(PrunedEvaluationCallback(trainer, [0.0, 0.5]))
+        trainer.add_callback(Told())
+        found = trainer.evaluate()
+        assert found["eval_mean_at_0"] == found["eval_mean"]
+        assert told == [{"eval_mean", "eval_mean_at_0", "eval_mean_at_0.5"}]
+        assert trainer.evaluate(metric_key_prefix="test")["test_mean_at_0"] == found["eval_mean"]
 
     def test_ssam_is_evaluated_at_its_true_weights_and_trains_on(self, tmp_path):
         plain, framed = network(), network()

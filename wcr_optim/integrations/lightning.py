@@ -10,7 +10,6 @@ import importlib
 import math
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,6 +26,7 @@ from wcr_optim.integrations.common import (
 from wcr_optim.integrations.lightning_step import (
     LIGHTNING,
     SharpnessCallback,
+    averaging_before,
     metrics_set_aside,
     replaced,
     state_set_aside,
@@ -54,6 +54,8 @@ class SparsityTargetCallback(Callback):
     The target's state is saved in every checkpoint and loaded from it, so that a resumed run goes on exactly. The tail,
     the strength and the factor of the base's lr are logged whenever they were measured, as ``sparsity_target/tail``,
     ``/wanted_tail``, ``/strength`` and ``/lr_factor``; the loss that the target sees is what ``training_step`` returns.
+    Of another optimizer than the first they are called ``sparsity_target_1/tail`` and so on. A callback that saves a
+    checkpoint after each batch belongs after this one (Lightning puts ModelCheckpoint there by itself).
 
     Args:
         sparsity: Share of the driven weights that will be pruned, in (0, 1) (default: 0.95).
@@ -123,17 +125,23 @@ class SparsityTargetCallback(Callback):
         if trainer.global_step == self._global_step:
             return  # an accumulation under way
         self._global_step = trainer.global_step
-        mean = self._loss if pl_module.automatic_optimization else self._loss / max(self._batches, 1)
+        mean = self._loss
+        if not pl_module.automatic_optimization:
+            mean = mean / max(self._batches, 1)
+        elif 0 < self._batches != trainer.accumulate_grad_batches:  # an epoch's last ones, each with its whole share
+            mean = mean * (trainer.accumulate_grad_batches / self._batches)
         for _ in range(self._steps):  # none where an overflow had the step skipped
             self.target.step(mean if self._batches else None)
         self._steps, self._loss, self._batches = 0, 0.0, 0
         if len(self.target.history) > self._logged:
             self._logged = len(self.target.history)
-            _log(trainer, target_values(self.target))
+            _log(trainer, target_values(self.target, _prefix("sparsity_target", self.optimizer)))
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leave the optimizer as it was."""
         self._release()
+        if stage != "fit":
+            self._loaded = None  # what came with a checkpoint to validate or test
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leave the optimizer as it was."""
@@ -159,7 +167,8 @@ class ConcentrationCallback(Callback):
     """Log how concentrated the weights are; between measurements nothing is computed and no device is waited for.
 
     Logs the mean, smallest and largest of `wcr_optim.metrics.optimizer_concentration` over the layers, as
-    ``concentration/mean``, ``/min`` and ``/max``.
+    ``concentration/mean``, ``/min`` and ``/max``; of another optimizer than the first as ``concentration_1/mean`` and
+    so on.
 
     Args:
         every: Optimizer steps between measurements; None stands for the trainer's log_every_n_steps (default: None).
@@ -184,7 +193,8 @@ class ConcentrationCallback(Callback):
         """Measure and log, if it is time."""
         every = self.every or max(getattr(trainer, "log_every_n_steps", 1), 1)
         if trainer.global_step // every > self._last // every:
-            _log(trainer, concentration_values(trainer.optimizers[self.optimizer]))
+            prefix = _prefix("concentration", self.optimizer)
+            _log(trainer, concentration_values(trainer.optimizers[self.optimizer], prefix))
         self._last = trainer.global_step
 
 
@@ -230,16 +240,13 @@ class PrunedEvaluationCallback(Callback):
         """Refuse now what cannot be measured, rather than after an epoch of training."""
         if stage not in ("fit", "validate"):
             return
-        averaging = getattr(importlib.import_module(f"{LIGHTNING}.callbacks"), "WeightAveraging", ())
-        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        for callback in takewhile(lambda callback: callback is not self, callbacks):
-            if isinstance(callback, averaging):
-                name = type(callback).__name__
-                raise ValueError(
-                    f"{name} comes before PrunedEvaluationCallback in the trainer's callbacks, and has put the raw "
-                    "weights back when the averaged ones, which were validated, should be pruned: put "
-                    f"PrunedEvaluationCallback before {name}"
-                )
+        name = averaging_before(trainer, self)
+        if name is not None:
+            raise ValueError(
+                f"{name} comes before PrunedEvaluationCallback in the trainer's callbacks, and has put the raw "
+                "weights back when the averaged ones, which were validated, should be pruned: put "
+                f"PrunedEvaluationCallback before {name}"
+            )
         if takes(pl_module.validation_step, "dataloader_iter", explicit=True):
             raise ValueError(
                 "PrunedEvaluationCallback gives validation_step one batch at a time, and it takes a dataloader_iter: "
@@ -300,14 +307,14 @@ class _Recorder:
 
     def log(self, name: str, value: Any, *_: Any, **options: Any) -> None:
         """Record a value; the arguments are those of ``LightningModule.log``."""
-        size = options.get("batch_size")
-        if size is None:
+        size, how = options.get("batch_size"), options.get("reduce_fx", "mean")
+        if size is None and how in ("mean", "avg", torch.mean) and not _reduces_itself(value):
             size = importlib.import_module(f"{LIGHTNING}.utilities.data").extract_batch_size(self._batch)
         key = (name, self._suffix if options.get("add_dataloader_idx", True) else "")
-        self._seen.setdefault(key, []).append((value, int(size)))
+        self._seen.setdefault(key, []).append((value, int(size or 1)))
         kept = ("prog_bar", "logger", "sync_dist", "sync_dist_group", "rank_zero_only")
         self._options[key] = {option: options[option] for option in kept if option in options}
-        self._options[key]["reduce_fx"] = options.get("reduce_fx", "mean")
+        self._options[key]["reduce_fx"] = how
 
     def values(self) -> dict[tuple[str, str], tuple[Tensor, int, dict[str, Any]]]:
         """Return by name and loader the value over all batches, the samples behind it, and how it was logged."""
@@ -317,7 +324,7 @@ class _Recorder:
         values = [value for value, _ in self._seen[key]]
         sizes = [size for _, size in self._seen[key]]
         total = sum(sizes)
-        if hasattr(values[-1], "compute"):  # a metric of torchmetrics, which reduces over batches by itself
+        if _reduces_itself(values[-1]):
             return torch.as_tensor(values[-1].compute()), total
         tensors = [torch.as_tensor(value, dtype=torch.get_default_dtype()) for value in values]
         how = self._options[key]["reduce_fx"]
@@ -329,6 +336,16 @@ class _Recorder:
             return summed / total, total
         reduced: Tensor = getattr(torch, how)(torch.stack(tensors))
         return reduced, total
+
+
+def _reduces_itself(value: Any) -> bool:
+    """Whether a value is a metric of torchmetrics, which reduces over batches by itself."""
+    return hasattr(value, "compute")
+
+
+def _prefix(name: str, optimizer: int) -> str:
+    """Return what the names of an optimizer's figures begin with."""
+    return f"{name}/" if optimizer == 0 else f"{name}_{optimizer}/"
 
 
 def _validation_batches(

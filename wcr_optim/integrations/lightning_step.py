@@ -9,6 +9,7 @@ from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
+from itertools import takewhile
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -88,6 +89,8 @@ class SharpnessCallback(Callback):
 
     Raises:
         RuntimeError: If training_step takes a dataloader_iter: its batches cannot be run a second time.
+        ValueError: In manual optimization with SSAM, if a callback that averages weights comes first, which would see
+            the perturbed ones.
     """
 
     def __init__(self) -> None:
@@ -98,6 +101,12 @@ class SharpnessCallback(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take the step over."""
         self._automatic = pl_module.automatic_optimization
+        name = averaging_before(trainer, self)
+        if name is not None and any(_seen_between_steps(trainer, pl_module)):
+            raise ValueError(
+                f"{name} comes before SharpnessCallback in the trainer's callbacks, and would average the weights that "
+                f"SSAM perturbed: put SharpnessCallback before {name}"
+            )
         for optimizer in trainer.optimizers:
             below = _sharpness_of(optimizer)
             if below is None:
@@ -110,7 +119,7 @@ class SharpnessCallback(Callback):
         if pl_module.automatic_optimization and _sharpness_of(trainer.optimizers[0]) is not None:
             if takes(pl_module.training_step, "dataloader_iter", explicit=True):
                 raise RuntimeError("SharpnessCallback runs a batch twice, and training_step takes a dataloader_iter")
-            step = partial(self._optimizer_step, trainer, pl_module, pl_module.optimizer_step)
+            step = _Step(partial(self._optimizer_step, trainer, pl_module, pl_module.optimizer_step))
             self._undo.enter_context(replaced(pl_module, "optimizer_step", step))
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -198,6 +207,31 @@ class SharpnessCallback(Callback):
             return None
         closure()
         return args[:1], {}
+
+
+class _Step:
+    """What stands in the module for its optimizer_step; in a copy of the module, or a pickled one, Lightning's own."""
+
+    def __init__(self, step: Callable[..., None]) -> None:
+        self._step = step
+
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        self._step(*args, **kwargs)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Step, (_plain_step,)
+
+
+def _plain_step(epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Callable[[], Any] | None = None) -> None:
+    optimizer.step(closure=optimizer_closure)
+
+
+def averaging_before(trainer: Trainer, callback: Callback) -> str | None:
+    """Return the name of a callback that averages weights and is called before another one, None if there is none."""
+    averaging = getattr(importlib.import_module(f"{LIGHTNING}.callbacks"), "WeightAveraging", ())
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    before = takewhile(lambda other: other is not callback, callbacks)
+    return next((type(other).__name__ for other in before if isinstance(other, averaging)), None)
 
 
 @contextmanager

@@ -7,13 +7,15 @@ follows the training, and figures beside the loss.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import json
 import os
 import random
+import re
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -134,7 +136,8 @@ class SparsityTargetCallback(TrainerCallback, ExportableState):
     The run's length is the Trainer's. The training loss that the target watches is read from the model's output,
     summed or averaged over gradient accumulation as the Trainer does, without waiting for it; where the loss is made
     outside the model (compute_loss_func, label smoothing) there is none, and the target is more careful with the lr
-    (see `SparsityTarget.step`). The state is in every checkpoint folder, in trainer_state.json, and
+    (see `SparsityTarget.step`). Where a Trainer's own compute_loss makes one although the model returned one, the
+    target sees the model's. The state is in every checkpoint folder, in trainer_state.json, and
     resume_from_checkpoint goes on bit for bit, whatever restore_callback_states_from_checkpoint says.
 
     Args:
@@ -266,7 +269,8 @@ class PrunedEvaluationCallback(TrainerCallback):
     and in what `trainer.evaluate()` returns, so that `metric_for_best_model="eval_loss_at_0.9"` chooses by it. One-shot
     magnitude pruning, no retraining. Costs one more evaluation for each sparsity, and a copy of the prunable weights
     meanwhile; random numbers are put back too, so the training is the same with and without it. Callbacks that read
-    the metrics (EarlyStoppingCallback) see these if they are added later than this one.
+    the metrics (EarlyStoppingCallback) see these if they are added later than this one. What runs again is
+    `trainer.evaluate` as it was called, a subclass's own too, without its logs and callbacks.
 
     Args:
         trainer: The Trainer to evaluate with.
@@ -281,8 +285,7 @@ class PrunedEvaluationCallback(TrainerCallback):
     Raises:
         TypeError: If sparsities is no sequence of numbers.
         ValueError: If there is no sparsity or one lies outside [0, 1], or the model cannot be pruned as it is, such as
-            one with low-rank adapters (merge them first); at an evaluation whose metrics have no PREFIX_loss or
-            PREFIX_runtime.
+            one with low-rank adapters (merge them first).
     """
 
     def __init__(
@@ -299,22 +302,30 @@ class PrunedEvaluationCallback(TrainerCallback):
         self.trainer = trainer
         self.scope, self.exclude = scope, exclude
         self.calibration = list(calibration) if isinstance(calibration, Iterator) else calibration
+        self._call: tuple[tuple[Any, ...], dict[str, Any]] = (), {}
+        # Callbacks are not told what an evaluation was called with: its data, its prefix, the keys to ignore.
+        evaluate = trainer.evaluate
+
+        @functools.wraps(evaluate)
+        def noted(*args: Any, **kwargs: Any) -> dict[str, float]:
+            self._call = args, kwargs
+            return evaluate(*args, **kwargs)
+
+        trainer.evaluate = noted  # type: ignore[method-assign]
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Evaluate at every sparsity, and add to the metrics."""
         model, metrics = kwargs["model"], kwargs["metrics"]
-        prefix = _prefix_of(metrics)
+        given, named = self._call
+        prefix = named.get("metric_key_prefix", given[2] if len(given) > 2 else "eval")
+        # Times and memory, which are no figures of a model.
+        of_the_run = re.compile(rf"{re.escape(prefix)}_(runtime|(samples|steps)_per_second|\w+_time|mem_\w+)$|epoch$")
 
         def evaluate(_: nn.Module) -> Mapping[str, float]:
-            output = self.trainer.evaluation_loop(
-                kwargs["eval_dataloader"],
-                description="Pruned evaluation",
-                prediction_loss_only=True if self.trainer.compute_metrics is None else None,
-                metric_key_prefix=prefix,
-            )
+            with _unseen(self.trainer):
+                found = self.trainer.evaluate(*given, **named)
             self._close_progress_bar(args, state, control)
-            found = output.metrics or {}
-            return {key: value for key, value in found.items() if not key.endswith("_preparation_time")}
+            return {key: value for key, value in found.items() if not of_the_run.match(key)}
 
         exclude = _output_embeddings(model) if self.exclude is None else self.exclude
         with _random_numbers_kept(args.device):
@@ -338,7 +349,8 @@ class TrueWeightsCallback(TrainerCallback):
 
     SSAM's weights stay perturbed between steps. The Trainer brings the true ones into place to evaluate, and back to
     train on, but not to save: without this callback, checkpoint folders resume exactly but hold perturbed weights, and
-    so does the model when training ends. Optimizers without such weights are not affected.
+    so does the model when training ends. Optimizers without such weights are not affected. Add it last: a callback that
+    asks for a checkpoint at the end of a step has to ask before.
     """
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -369,8 +381,7 @@ class _Losses:
         self._model = weakref.ref(model)
         # With the count of items over all ranks in its denominator, a rank's loss is a part of the mean, not a mean.
         self._parts = args.world_size if args.average_tokens_across_devices else 1
-        note = torch.compiler.disable(self._note)  # type: ignore[no-untyped-call]  # a graph keeps no lists
-        self._handle = model.register_forward_hook(note, with_kwargs=True) if args.n_gpu <= 1 else None
+        self._handle = model.register_forward_hook(_Hook(self), with_kwargs=True) if args.n_gpu <= 1 else None
 
     def _note(self, model: nn.Module, args: Any, kwargs: Mapping[str, Any], output: Any) -> None:
         if model is not self._model() or not model.training or not torch.is_grad_enabled():
@@ -394,6 +405,28 @@ class _Losses:
             self._handle.remove()
 
 
+class _Hook:
+    """A forward hook that notes losses; in a copy of the model, or a pickled one, a hook that does nothing."""
+
+    def __init__(self, losses: _Losses) -> None:
+        self._losses = losses
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # a graph keeps no lists
+    def __call__(self, *args: Any) -> None:
+        self._losses._note(*args)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _no_hook, ()
+
+
+def _no_hook() -> Callable[..., None]:
+    return _note_nothing
+
+
+def _note_nothing(*_: Any) -> None:
+    """Be a hook and do nothing."""
+
+
 @contextmanager
 def _random_numbers_kept(device: torch.device) -> Iterator[None]:
     """Put the generators of torch, numpy and Python back after the block: collators and data sets draw from any."""
@@ -406,16 +439,22 @@ def _random_numbers_kept(device: torch.device) -> Iterator[None]:
         np.random.set_state(of_numpy)
 
 
-def _prefix_of(metrics: Mapping[str, float]) -> str:
-    """Return the metric_key_prefix of an evaluation, which callbacks are not told."""
-    endings = ("_runtime", "_loss")
-    prefixes = [key.removesuffix(ending) for key in metrics for ending in endings if key.endswith(ending)]
-    if not prefixes:
-        raise ValueError(
-            f"no metric of {sorted(metrics)} is called PREFIX_loss or PREFIX_runtime: no prefix is known for "
-            "those of the pruned model; have evaluate() give one of the two, as Trainer.evaluate does"
-        )
-    return min(prefixes, key=len)  # metrics of compute_metrics may end so too, and have the prefix before their names
+@contextmanager
+def _unseen(trainer: Trainer) -> Iterator[None]:
+    """Have what the Trainer evaluates in a block neither logged nor told to its callbacks."""
+
+    def untold(args: Any, state: Any, control: TrainerControl, metrics: Any) -> TrainerControl:
+        return control
+
+    with ExitStack() as undo:
+        for owner, name, other in (
+            (trainer, "log", lambda *_, **__: None),
+            (trainer.callback_handler, "on_evaluate", untold),
+        ):
+            own = vars(owner).get(name)
+            undo.callback(delattr, owner, name) if own is None else undo.callback(setattr, owner, name, own)
+            setattr(owner, name, other)
+        yield
 
 
 def _output_embeddings(model: nn.Module) -> list[Selector]:
