@@ -160,7 +160,7 @@ def table(rows: Rows, task: str, *, careful: bool = False) -> str:
         if not any(row):
             continue
         texts = [_cell_text(kind, found, top) for found, top in zip(row, best, strict=True)]
-        lines.append(f"| {_label(method, search)} | " + " | ".join([*texts, *_costs(row)]) + " |")
+        lines.append(f"| {_label(rows, task, method, search)} | " + " | ".join([*texts, *_costs(row)]) + " |")
     return "\n".join(lines)
 
 
@@ -193,10 +193,12 @@ def tested(rows: Rows, task: str) -> list[str]:
     return sorted(names, key=place)
 
 
-def _label(method: str, search: bool) -> str:
-    parts = Method.of(method)
-    searched = GOAL_SEARCHED if parts.sharpness is None else BOTH_SEARCHED
-    return parts.label + (searched if search else "")
+def _label(rows: Rows, task: str, method: str, search: bool) -> str:
+    label = Method.of(method).label
+    if not search:
+        return label
+    radii = {row["rho"] for row in rows if (row["task"], row["method"], row["split"]) == (task, method, "validation")}
+    return label + (BOTH_SEARCHED if len(radii) > 1 else GOAL_SEARCHED)
 
 
 def _cell_text(kind: tasks.Task, found: Cell | None, best: float | None, *, short: bool = False) -> str:
@@ -253,7 +255,7 @@ def verdict(rows: Rows, task: str) -> str:
         spread = max(ours[one].spread, others[other].spread)
         word = "ahead of" if gap > spread else "behind" if gap < -spread else "level with"
         named = [
-            f"{_label(m, search)} {c.mean:.{places}f} ± {c.spread:.{places}f}"
+            f"{_label(rows, task, m, search)} {c.mean:.{places}f} ± {c.spread:.{places}f}"
             for (m, search), c in ((one, ours[one]), (other, others[other]))
         ]
         lines.append(f"- {100 * goal:g} %: {named[0]} is **{word}** {named[1]}")
