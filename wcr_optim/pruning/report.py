@@ -207,7 +207,7 @@ def report(
         parameters=sum(parameter.numel() for parameter in parameters.values()),
         dense_bytes=dense_bytes,
         sparse_bytes=sum(
-            sparse_bytes[key] if key in sparse_bytes else _sparse_bytes(tensor) for key, tensor in state.items()
+            sparse_bytes[key] if key in sparse_bytes else _bytes_beside(tensor) for key, tensor in state.items()
         ),
         dense_macs=dense_macs,
         sparse_macs=None
@@ -216,9 +216,16 @@ def report(
     )
 
 
-def _sparse_bytes(tensor: Tensor, mask: Tensor | None = None) -> int:
-    plain = whole(tensor).cpu()
-    return encoded_size(plain if mask is None else plain.masked_fill(~mask, 0))[1]
+def _sparse_bytes(weight: Tensor, mask: Tensor) -> int:
+    return encoded_size(whole(weight).cpu().masked_fill(~mask, 0))[1]
+
+
+def _bytes_beside(tensor: Tensor) -> int:
+    """Return what a tensor takes that no mask is for; as it is, if it is of a kind that no sparse file holds."""
+    try:
+        return encoded_size(whole(tensor))[1]
+    except ValueError:
+        return tensor.numel() * tensor.element_size()
 
 
 def _saved_buffers(model: nn.Module) -> list[Tensor]:
