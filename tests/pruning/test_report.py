@@ -141,9 +141,9 @@ def test_file_sizes_count_zeros_outside_of_what_is_reported(tmp_path):
     nn.init.zeros_(model[0].weight)
     apply_(model, magnitude_masks(model, 0.95))
     before = report(model).sparse_bytes
-    model.register_buffer("double", torch.zeros(4, dtype=torch.complex128))  # which no sparse file holds
+    model.register_buffer("wide", torch.zeros(4, dtype=torch.complex128))  # which no sparse file holds
     assert report(model).sparse_bytes == before + 64
-    del model.double
+    del model.wide
     save_sparse(model, tmp_path / "file")
     found = report(model, include="1")
     assert [layer.name for layer in found.layers] == ["1.weight"]
