@@ -264,7 +264,8 @@ def counted(tensors: int, side: int) -> dict[str, list[int]]:
     weights = sharded(tensors, side)
     found = {}
     wcr = WCR(Still(weights), form="scale_free")
-    target = SparsityTarget(wcr, 0.9, 1000)
+    # Of an optimizer of its own, since the first step of one that is driven has no penalty.
+    target = SparsityTarget(WCR(Still(weights), form="scale_free"), 0.9, 1000)
     ssam = SSAM(Still(weights))
     bodies = {
         "step": wcr.step,

@@ -80,7 +80,9 @@ def weights_restored(model: nn.Module, tensors: Iterable[Tensor]) -> Iterator[Ca
 
     def restore() -> None:
         for module, name, parameter in places:
-            if module._parameters.get(name, parameter) is not parameter:  # it is not there where it is parametrized
+            now = module._parameters.get(name, parameter)  # which is none of them where it is parametrized by now
+            by_fsdp = any(isinstance(p, Tensor) and as_dtensor(p) is not None for p in (now, parameter))
+            if now is not parameter and not by_fsdp:  # which has sharded and whole ones come and go
                 module._parameters[name] = parameter
         for tensor, held, copy in copies:
             if tensor.data.dtype != held.dtype or tensor.data.device != held.device:

@@ -223,7 +223,8 @@ def _sparse_bytes(weight: Tensor, mask: Tensor) -> int:
 def _bytes_beside(tensor: Tensor) -> int:
     """Return what a tensor takes that no mask is for; as it is, if it is of a kind that no sparse file holds."""
     try:
-        return encoded_size(whole(tensor))[1]
+        # Of a copy: what numpy has seen of a CPU tensor, FSDP cannot free any more.
+        return encoded_size(whole(tensor).clone())[1]
     except ValueError:
         return tensor.numel() * tensor.element_size()
 
