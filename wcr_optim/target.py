@@ -344,7 +344,7 @@ class SparsityTarget:
 
     def _bound_steps(self) -> None:
         """Let no group's step be longer than its loop has found, nor any while that has not begun."""
-        groups, driven = self._strengths.groups, self._strengths.driven()
+        groups, driven = self._strengths.groups, set(self._strengths.driven())
         longest = {index: math.inf for index in range(len(groups)) if index not in driven}
         for loop in self._loops:
             lr = self._lr(loop)

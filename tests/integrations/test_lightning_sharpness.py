@@ -351,10 +351,13 @@ def test_a_module_is_copied_and_pickled_while_it_trains():
         def on_train_start(self, trainer, pl_module):
             self.copies = (copy.deepcopy(pl_module), pickle.loads(pickle.dumps(pl_module)))
 
-    copies = Copies()
-    fit(Net(sam_by_name), SharpnessCallback(), copies, max_epochs=1)
-    for module in copies.copies:  # which Lightning trains on as it would any other
-        fit(module, max_epochs=1)
+    copies, module = Copies(), Net(sam_by_name)
+    never_copied = copy.deepcopy(module)
+    fit(never_copied, max_epochs=1)
+    fit(module, SharpnessCallback(), copies, max_epochs=1)
+    for copied in copies.copies:  # which Lightning steps by its own rules then
+        fit(copied, max_epochs=1)
+        assert_same(copied.net, never_copied.net)
 
 
 def sam_by_name(module):
