@@ -11,7 +11,19 @@ from reference import assert_same, through_file
 from target_reference import BASES, driven, fit, plain_tail, student, teacher_batch, weights_of
 from torch import nn
 
-from wcr_optim import SAM, SSAM, WCR, AdamW, Decoupled, HoyerDecay, L1Decay, L2Decay, SparsityTarget, param_groups
+from wcr_optim import (
+    SAM,
+    SSAM,
+    WCR,
+    AdamW,
+    Decoupled,
+    HoyerDecay,
+    L1Decay,
+    L2Decay,
+    SparsityTarget,
+    StrengthSchedule,
+    param_groups,
+)
 from wcr_optim.penalties import ScaleFree
 
 
@@ -464,6 +476,17 @@ class TestGroups:
         assert target.strengths()[-1] == target.strengths()[0]
         fit(net, optimizer, target, 235, first=65)
         assert target.last_tail == pytest.approx(plain_tail([*weights_of(optimizer), extra.weight], 0.9), rel=0.02)
+
+    @pytest.mark.parametrize("make", [SparsityTarget, StrengthSchedule])
+    def test_a_group_that_was_removed_is_an_error_that_names_the_way_out(self, make):
+        optimizer = WCR(torch.optim.SGD([torch.nn.Parameter(torch.randn(8, 8))], lr=0.1), form="per_unit")
+        optimizer.add_param_group({"params": [torch.nn.Parameter(torch.randn(8, 8))]})
+        driver = make(optimizer, total_steps=10)
+        driver.step()
+        optimizer.param_groups.pop()
+        with pytest.raises(RuntimeError, match=r"had 2 parameter groups and has 1.*make a new object"):
+            driver.step()
+        make(optimizer, total_steps=10).step()
 
     def test_frozen_weights_and_biases_are_not_measured(self):
         net = student()

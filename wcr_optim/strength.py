@@ -60,7 +60,16 @@ class Strengths:
         return next(every, torch.device("cpu"))
 
     def driven(self) -> list[int]:
-        """Return the indices of the groups that have a strength, new ones included."""
+        """Return the indices of the groups that have a strength, new ones included.
+
+        Raises:
+            RuntimeError: If there are fewer groups than before.
+        """
+        if len(self.groups) < len(self.given):
+            raise RuntimeError(
+                f"the optimizer had {len(self.given)} parameter groups and has {len(self.groups)}: a strength belongs "
+                f"to a place among them, so after groups were removed make a new object to drive the rest"
+            )
         self.given += [_number(group[self.option]) for group in self.groups[len(self.given) :]]
         return [index for index, given in enumerate(self.given) if given > 0.0]
 

@@ -217,7 +217,7 @@ class SparsityTarget:
 
         Raises:
             ValueError: If the loss is missing and max_dense_cost needs it, or is not one number.
-            RuntimeError: If another object drives the optimizer by now.
+            RuntimeError: If another object drives the optimizer by now, or groups were removed from it.
 
         """
         if self._strengths.decoupled.driver != self._name:
@@ -227,11 +227,11 @@ class SparsityTarget:
             )
         if loss is None and self.max_dense_cost is not None:
             raise ValueError(f"max_dense_cost={self.max_dense_cost!r} needs the training loss: call step(loss)")
+        self._find_loops()
         if loss is not None:
             self._loss.add(loss, self._strengths.device)
         self.steps += 1
         self._lr_compensation.undo()
-        self._find_loops()
         for loop in self._loops:
             if loop.keep_step_length(self._lr(loop)):
                 self._set(loop)
