@@ -13,6 +13,7 @@ import json
 import math
 import re
 import statistics
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -266,18 +267,24 @@ def section(rows: Rows, task: str) -> str:
     """Lay out all that is known of a task."""
     kind = tasks.task(task)
     unit = {"bits_per_byte": "bits per byte, lower is better"}.get(kind.metric, f"{kind.metric} in percent")
-    seeds = len({row["seed"] for row in rows if row["task"] == task and row["split"] == "test"})
     said = [
         f"Data: {kind.data}. {_steps(rows, kind)} steps. {unit[0].upper() + unit[1:]}; mean ± sample standard "
-        f"deviation over {seeds} seeds on the test split, dense value in parentheses, then the strength (or rho) that "
-        f"the validation split chose at that sparsity. Gradients, seconds and sharpness (largest eigenvalue of the "
-        f"loss's Hessian) are means over the row.",
+        f"deviation over {_seeds(rows, task)} seeds on the test split, dense value in parentheses, then the strength "
+        f"(or rho) that the validation split chose at that sparsity. Gradients, seconds and sharpness (largest "
+        f"eigenvalue of the loss's Hessian) are means over the row.",
         table(rows, task),
         f"Only strengths, and results, whose dense value is within {kind.tolerance:g} of the baseline's:",
         table(rows, task, careful=True),
         verdict(rows, task),
     ]
     return "\n\n".join(text for text in said if text)
+
+
+def _seeds(rows: Rows, task: str) -> str:
+    """Say over how many seeds the methods were measured, which may not be as many for all of them."""
+    seen = {(row["method"], row["seed"]) for row in rows if row["task"] == task and row["split"] == "test"}
+    counts = Counter(method for method, _ in seen).values()
+    return " to ".join(map(str, sorted({min(counts), max(counts)}))) if counts else "no"
 
 
 def _steps(rows: Rows, kind: tasks.Task) -> str:
