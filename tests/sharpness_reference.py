@@ -177,3 +177,19 @@ def plain_top(scores: list[Tensor], sparsity: float) -> list[Tensor]:
 def assert_close(model: nn.Module, reference: nn.Module, tolerance: float = 1e-12) -> None:
     for (name, p), q in zip(model.named_parameters(), reference.named_parameters(), strict=True):
         torch.testing.assert_close(p, q[1], rtol=tolerance, atol=tolerance, msg=lambda text, n=name: f"{n}: {text}")
+
+
+def assert_same(a, b):
+    """Equal to the last bit, through lists and dictionaries."""
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b)
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert_same(a[key], b[key])
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b)
+        for x, y in zip(a, b, strict=True):
+            assert_same(x, y)
+    else:
+        assert a == b

@@ -165,7 +165,8 @@ class Decoupled(OptimizerWrapper):
         ]
         if not weights:
             raise ValueError("the optimizer holds no weights under its penalty; check requires_grad and min_ndim")
-        _, mu, q = across_devices(weights)
+        with self.true_weights():
+            _, mu, q = across_devices(weights)
         return torch.where(q == 0, 0.0, 1 - mu.square() / q).clamp_(min=0.0)
 
     def state_dict(self) -> dict[str, Any]:

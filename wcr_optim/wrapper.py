@@ -148,11 +148,17 @@ class OptimizerWrapper(Optimizer):
             self.update()
             return None
         self._check_options()  # of all levels, before any of them changes a weight
-        if closure is not None:
+        if closure is None:
+            self._check_step_without_closure()
+        else:
             self._check_step_with_closure()
         loss = self.gather(closure)
         self.update()
         return loss
+
+    def _check_step_without_closure(self) -> None:
+        if isinstance(self.base, OptimizerWrapper):
+            self.base._check_step_without_closure()
 
     def _check_step_with_closure(self) -> None:
         if isinstance(self.base, OptimizerWrapper):
@@ -285,7 +291,8 @@ class OptimizerWrapper(Optimizer):
         below = outermost(self.base)
         if below is None:
             raise no_penalty(self)
-        return below.concentration()
+        with self.true_weights():  # SSAM's, in a loop without closures, are others between steps
+            return below.concentration()
 
     def state_dict(self) -> dict[str, Any]:
         """Return the base's state_dict, the options in its groups included."""
@@ -319,9 +326,13 @@ class OptimizerWrapper(Optimizer):
         for index, (saved, kept, group) in enumerate(zip(saved_groups, present, self.param_groups, strict=False)):
             self._check_group(kept | saved | {"params": group["params"]}, index)
         self.base.load_state_dict(state_dict)
+        self._take_progress(saved_groups)
         self._fill_options(present)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
+
+    def _take_progress(self, saved_groups: Sequence[Mapping[str, Any]]) -> None:
+        """Set what in the groups says how far the training has come, where these groups do not say it."""
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, as torch.optim.Optimizer.add_param_group; the wrapper's options can stand in it.

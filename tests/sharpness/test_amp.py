@@ -1,13 +1,15 @@
 """Mixed precision with torch's own GradScaler, on the CPU: overflow in either pass loses nothing."""
 
+import contextlib
 import copy
+import functools
 
 import pytest
 import torch
-from sharpness_reference import OPTIMIZERS, TWO_PASS, assert_close, base_of, batch, groups, net, train
+from sharpness_reference import OPTIMIZERS, TWO_PASS, assert_close, assert_same, base_of, batch, groups, net, train
 
 from wcr_optim import WCR
-from wcr_optim.sharpness import SAM, CrAM, SparseSAM
+from wcr_optim.sharpness import SAM, SSAM, CrAM, SparseSAM
 
 ALL = sorted(OPTIMIZERS)
 
@@ -67,22 +69,6 @@ class Trainer:
 
 
 WAYS = [*((name, way) for name in TWO_PASS for way in ("closure", "manual")), ("ssam", "closure"), ("ssam", "plain")]
-
-
-def assert_same(a, b):
-    """Equal to the last bit, through lists and dictionaries."""
-    if isinstance(a, torch.Tensor):
-        assert torch.equal(a, b)
-    elif isinstance(a, dict):
-        assert a.keys() == b.keys()
-        for key in a:
-            assert_same(a[key], b[key])
-    elif isinstance(a, (list, tuple)):
-        assert len(a) == len(b)
-        for x, y in zip(a, b, strict=True):
-            assert_same(x, y)
-    else:
-        assert a == b
 
 
 @pytest.mark.parametrize(
@@ -196,7 +182,7 @@ def test_bfloat16_autocast(name):
 @pytest.mark.parametrize("by_hand", [False, True])
 @pytest.mark.parametrize("make", [SAM, SparseSAM, CrAM])
 def test_a_step_inside_an_autocast_region_sees_the_moved_weights(make, by_hand):
-    """Autocast keeps its copies of the weights for the length of a region."""
+    """Autocast keeps its copies of the weights for the length of a region, one that is not enabled too."""
     inside, outside = [], []
     for losses, around_step in ((inside, True), (outside, False)):
         torch.manual_seed(0)
@@ -212,7 +198,7 @@ def test_a_step_inside_an_autocast_region_sees_the_moved_weights(make, by_hand):
             losses.append(loss.item())  # noqa: B023
             return loss
 
-        with torch.autocast("cpu", torch.bfloat16, enabled=around_step):
+        with torch.autocast("cpu", torch.bfloat16) if around_step else contextlib.nullcontext():
             for _ in range(2):
                 if by_hand:
                     closure()
@@ -224,6 +210,59 @@ def test_a_step_inside_an_autocast_region_sees_the_moved_weights(make, by_hand):
                 torch.clear_autocast_cache()  # of the base's own update no wrapper can know
     assert inside == outside
     assert inside[0] != inside[1]
+
+
+def test_ssam_inside_an_autocast_region_sees_the_weights_that_are_in_place():
+    inside, outside = [], []
+    for losses, around in ((inside, True), (outside, False)):
+        torch.manual_seed(0)
+        model = net(torch.float32)
+        optimizer = SSAM(torch.optim.SGD(model.parameters(), lr=0.0), rho=0.5)
+        x, y = batch(0, torch.float32)
+
+        def forward():
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = (model(x) - y).float().square().mean()  # noqa: B023
+            losses.append(loss.item())  # noqa: B023
+            return loss
+
+        def closure():
+            optimizer.zero_grad()  # noqa: B023
+            loss = forward()
+            loss.backward()
+            return loss
+
+        with torch.autocast("cpu", torch.bfloat16) if around else contextlib.nullcontext():
+            optimizer.step(closure)  # at w, without a perturbation yet
+            optimizer.step(closure)  # at w + e
+            forward()  # at w
+            optimizer.train()
+            forward()  # at w + e
+            optimizer.eval()
+            forward()  # at w
+    assert inside == outside
+    at_w, moved, *between = inside
+    assert between[0] == between[2] == at_w
+    assert at_w not in (moved, between[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_asam_of_narrow_weights_is_computed_in_float32(dtype):
+    """2 ** -6 * 1e-6 is no number in float16, and the norm of 64 times 10,000 none either."""
+    w, b = (
+        torch.nn.Parameter(torch.full((64, 64), 2.0**-6, dtype=dtype)),
+        torch.nn.Parameter(torch.zeros(64, dtype=dtype)),
+    )
+    optimizer = SAM(torch.optim.SGD([w], lr=0.0), rho=0.5, adaptive=True)
+    w.grad = torch.full_like(w, 1e-6)
+    before = w.detach().clone()
+    optimizer.first_step()
+    moved = ((w.detach().float() - before.float()) / before.float()).norm()
+    assert moved.item() == pytest.approx(0.5, rel=0.01)  # one weight moves by 2 ** -7 of itself
+    optimizer = SAM(torch.optim.SGD([b], lr=0.0), rho=0.5, adaptive=True)
+    b.grad = torch.full_like(b, 1e4)
+    optimizer.first_step()
+    torch.testing.assert_close(b.detach(), torch.full_like(b, 0.5 / 8))
 
 
 @pytest.mark.parametrize("make", [SAM, SparseSAM])
@@ -240,16 +279,20 @@ def test_the_smallest_gradients_of_float16_weights(make, size):
 
 
 @pytest.mark.parametrize("make", [SAM, SparseSAM, CrAM])
-def test_second_step_refuses_scaled_gradients(make):
+@pytest.mark.parametrize("way", ["second_step", "step", "scaler"])
+@pytest.mark.parametrize("outer", [False, True])
+def test_a_step_between_the_passes_refuses_scaled_gradients(make, way, outer):
     model = net(torch.float32)
     scaler = torch.amp.GradScaler("cpu")
     optimizer = make(base_of(model.parameters()), scaler=scaler)
+    optimizer = WCR(optimizer, 1e-2) if outer else optimizer
     x, y = batch(0, torch.float32)
     before = [p.detach().clone() for p in model.parameters()]
     scaler.scale((model(x) - y).square().mean()).backward()
     optimizer.first_step()
+    step = functools.partial(scaler.step, optimizer) if way == "scaler" else getattr(optimizer, way)
     with pytest.raises(RuntimeError, match=r"call gather\(\), then scaler.step"):
-        optimizer.second_step()
+        step()
     optimizer.gather()
     assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
 

@@ -297,3 +297,21 @@ def test_only_norm_layers_are_copied_and_pickled_with_the_optimizer(name):
     for other in (copied_model, pickled_model):
         for key, value in model.state_dict().items():
             assert torch.equal(value, other.state_dict()[key]), key
+
+
+@pytest.mark.parametrize("order", ["outer", "inner"])
+def test_concentration_is_that_of_the_true_weights(order):
+    model = net()
+    base = base_of(model.parameters())
+    optimizer = WCR(SSAM(base, rho=2.0), 1e-2) if order == "outer" else SSAM(WCR(base, 1e-2), rho=2.0)
+    train(model, optimizer, range(2), closure=False)
+    moved = [p.detach().clone() for p in model.parameters()]
+    found = optimizer.concentration()
+    for p, before in zip(model.parameters(), moved, strict=True):
+        assert torch.equal(p, before)
+    optimizer.eval()
+    assert torch.equal(found, optimizer.concentration())
+    optimizer.train()
+    weights = [p for p in model.parameters() if p.ndim > 1]
+    there = torch.stack([1 - w.detach().abs().mean().square() / w.detach().square().mean() for w in weights])
+    assert not torch.allclose(found.double(), there.double(), rtol=1e-3)

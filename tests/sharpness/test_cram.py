@@ -215,4 +215,7 @@ def test_complex_parameters_are_refused_early():
         with pytest.raises(TypeError, match=r"torch\.complex64"):
             optimizer.add_param_group({"params": phases})
         assert len(optimizer.param_groups) == 1
+        named = make(torch.optim.SGD([("real", real)], lr=0.1))
+        with pytest.raises(TypeError, match=r"torch\.complex64"):
+            named.add_param_group({"params": [("phases", phases)]})
     SparseSAM(torch.optim.SGD([phases], lr=0.1), mask="dynamic")

@@ -1,5 +1,7 @@
 """What happens around the passes: exceptions, norm statistics, dropout, manual loops, accumulation, clipping."""
 
+import copy
+
 import pytest
 import torch
 from sharpness_reference import (
@@ -7,6 +9,7 @@ from sharpness_reference import (
     TWO_PASS,
     PlainSAM,
     assert_close,
+    assert_same,
     base_of,
     batch,
     closure_of,
@@ -328,7 +331,7 @@ def test_between_the_passes_evaluation_and_checkpoints_see_the_last_step(name):
     for model, optimizer in zip(models, optimizers, strict=True):
         train(model, optimizer, range(3))
     model, optimizer = models[0], optimizers[0]
-    before, saved = weights(model), optimizer.state_dict()
+    before, saved = weights(model), copy.deepcopy(optimizer.state_dict())
     evaluate = closure_of(model, optimizer, 3)
     evaluate()
     optimizer.first_step()
@@ -337,7 +340,7 @@ def test_between_the_passes_evaluation_and_checkpoints_see_the_last_step(name):
     optimizer.eval()
     assert_weights(model, before)
     between = optimizer.state_dict()
-    assert between["param_groups"] == saved["param_groups"]
+    assert_same(between, saved)
     optimizer.train()
     optimizer.train()
     assert_weights(model, moved)
@@ -645,3 +648,30 @@ def test_power_iterations_come_from_the_clean_pass(spectral_norm):
     for key, value in model.named_buffers():
         assert torch.equal(value, after[0][key])
         assert not torch.equal(value, after[1][key])
+
+
+def test_ssam_leaves_the_true_weights_of_embeddings_that_every_forward_writes():
+    """max_norm= counts as a write even where no row is too long."""
+    torch.manual_seed(0)
+    embedding = nn.Embedding(6, 4, max_norm=100.0)
+    optimizer = SSAM(torch.optim.SGD(embedding.parameters(), lr=0.0), rho=0.5)
+    before = embedding.weight.detach().clone()
+
+    def closure():
+        optimizer.zero_grad()
+        loss = embedding(torch.arange(6)).sum()
+        loss.backward()
+        return loss
+
+    clean = optimizer.step(closure).item()
+    for _ in range(3):
+        assert optimizer.step(closure).item() > clean, "at w + e"
+    assert torch.equal(embedding.weight, before)
+
+    def fails():
+        closure()
+        raise ValueError("out of memory")
+
+    with pytest.raises(ValueError, match="out of memory"):
+        optimizer.step(fails)
+    assert torch.equal(embedding.weight, before)

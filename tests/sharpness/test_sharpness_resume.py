@@ -160,6 +160,38 @@ def test_the_bare_base_takes_our_checkpoint(name):
     assert all(p.isfinite().all() for p in model.parameters())
 
 
+@pytest.mark.parametrize("name", sorted(OPTIMIZERS))
+def test_a_hook_may_put_another_state_in_place_before_it_is_loaded(name):
+    model = net()
+    optimizer = OPTIMIZERS[name](base_of(groups(model)))
+    train(model, optimizer, range(3))
+    wrapped = {"optimizer": optimizer.state_dict(), "epoch": 1}
+    other = OPTIMIZERS[name](base_of(groups(net())))
+    other.register_load_state_dict_pre_hook(lambda _, state: state["optimizer"])
+    other.load_state_dict(wrapped)
+    assert other.state_dict()["param_groups"] == optimizer.state_dict()["param_groups"]
+
+
+def test_an_interruption_before_ssam_has_moved_anything_loses_nothing(monkeypatch):
+    model = net()
+    optimizer = SSAM(base_of(model.parameters()), 0.1)
+    train(model, optimizer, range(2), closure=False)
+    with optimizer.true_weights():
+        true = [p.detach().clone() for p in model.parameters()]
+
+    def interrupted(*columns):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("wcr_optim.sharpness.ssam.exchange_back_", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            optimizer.eval()
+    assert not torch.equal(next(model.parameters()), true[0])
+    optimizer.eval()
+    for p, w in zip(model.parameters(), true, strict=True):
+        assert torch.equal(p, w)
+
+
 @pytest.mark.parametrize("name", sorted(MAKE))
 def test_a_failed_load_changes_nothing(name):
     model, optimizer = make(name, "sgd")
@@ -453,6 +485,14 @@ class TestLoadingBetweenThePasses:
         optimizer.load_state_dict(saved[1])
         for key, p in model.named_parameters():
             assert torch.equal(p, before[key])
+
+    @pytest.mark.parametrize("name", TWO_PASS)
+    def test_a_copy_made_after_an_overflow_knows_of_it(self, name):
+        model, optimizer, *_ = self.begin(name, finite=False)
+        for here, there in ((model, optimizer), copy.deepcopy((model, optimizer))):
+            here.closure(there, 2)()
+            there.gather()
+            assert all(p.grad.isnan().all() for p in here.parameters())
 
     @pytest.mark.parametrize("name", TWO_PASS)
     def test_a_failed_load_leaves_the_pass_under_way(self, name):

@@ -1,5 +1,6 @@
 """SparseSAM's masks: exact counts, per-sample Fisher information, drop and growth, and what they leave alone."""
 
+import copy
 import math
 
 import hypothesis.strategies as st
@@ -10,7 +11,7 @@ from sharpness_reference import base_of, batch, closure_of, gradients_at, groups
 from torch import nn
 
 from wcr_optim import WCR
-from wcr_optim.sharpness import CrAM, SparseSAM
+from wcr_optim.sharpness import SSAM, CrAM, SparseSAM
 
 
 def masks_of(optimizer):
@@ -240,6 +241,91 @@ def test_masks_are_saved_as_booleans_and_come_back_as_such(dtype):
     for values, p in zip(state["state"].values(), other.param_groups[0]["params"], strict=True):
         assert other.state[p]["sparse_sam_mask"].dtype == torch.bool
         assert torch.equal(other.state[p]["sparse_sam_mask"], values["sparse_sam_mask"])
+
+
+@pytest.mark.parametrize("mask", ["fisher", "dynamic"])
+def test_a_checkpoint_after_an_interrupted_step_resumes_bit_for_bit(mask):
+    def begun():
+        model = net()
+        return model, SparseSAM(base_of(model.parameters()), mask=mask, update_freq=2, num_samples=2)
+
+    model, optimizer = begun()
+    train(model, optimizer, range(3))
+    calls = []
+
+    def interrupted():
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return closure_of(model, optimizer, 3)()
+
+    with pytest.raises(KeyboardInterrupt):
+        optimizer.step(interrupted)
+    saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    train(model, optimizer, range(3, 8))
+    other, resumed = begun()
+    other.load_state_dict(saved[0])
+    resumed.load_state_dict(saved[1])
+    train(other, resumed, range(3, 8))
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+def test_a_plain_step_after_a_pass_that_was_given_up_takes_over_no_mask():
+    model = net()
+    optimizer = SparseSAM(base_of(model.parameters()), update_freq=1)
+    train(model, optimizer, range(2))
+    before = [mask.clone() for mask in masks_of(optimizer)]
+    closure_of(model, optimizer, 2)()
+    optimizer.first_step()
+    optimizer.gather()
+    optimizer.zero_grad()  # the step is left out
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()  # as a checkpoint loader's probe
+    for mask, other in zip(masks_of(optimizer), before, strict=True):
+        assert torch.equal(mask, other)
+
+
+def test_dynamic_masks_of_complex_parameters_go_by_the_gradients_magnitudes():
+    w = torch.nn.Parameter(torch.ones(4, 4, dtype=torch.complex64))
+    optimizer = SparseSAM(torch.optim.SGD([w], lr=0.0), mask="dynamic", update_freq=1, drop_rate=0.5, seed=2)
+    sizes = torch.arange(1.0, 17.0).reshape(4, 4)
+
+    def closure():
+        optimizer.zero_grad()
+        w.grad = sizes * torch.polar(torch.ones(4, 4), sizes)
+        return torch.tensor(0.0)
+
+    optimizer.step(closure)
+    (before,) = (mask.clone() for mask in masks_of(optimizer))
+    optimizer.step(closure)
+    (after,) = masks_of(optimizer)
+    assert after.sum() == before.sum() == 8
+    assert set(sizes[before].sort().values[-4:].tolist()) <= set(sizes[after].tolist())
+
+
+@pytest.mark.parametrize("make", [SSAM, SparseSAM])
+def test_a_base_that_clears_the_gradients_in_its_step_keeps_the_state(make):
+    """Masks and perturbations are saved with the parameters that were stepped, whatever is in .grad afterwards."""
+
+    def begun():
+        model = net()
+        base = torch.optim.SGD(model.parameters(), lr=0.05)
+        base.register_step_post_hook(lambda optimizer, args, kwargs: optimizer.zero_grad())
+        return model, make(base, rho=0.3)
+
+    model, optimizer = begun()
+    train(model, optimizer, range(3))
+    saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    assert len(saved[1]["state"]) == len(list(model.parameters()))
+    train(model, optimizer, range(3, 6))
+    other, resumed = begun()
+    other.load_state_dict(saved[0])
+    resumed.load_state_dict(saved[1])
+    train(other, resumed, range(3, 6))
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(p, q)
 
 
 @pytest.mark.parametrize("mask", ["fisher", "dynamic"])

@@ -75,7 +75,8 @@ def check_rho(group: Mapping[str, Any], index: int) -> None:
 def refuse_complex(what: str, group: Mapping[str, Any], index: int) -> None:
     """Raise TypeError if a group has complex parameters, which `what` is not defined for."""
     params = group["params"]
-    for p in [params] if isinstance(params, Tensor) else params:
+    for entry in [params] if isinstance(params, Tensor) else params:
+        p = entry[1] if isinstance(entry, tuple) else entry  # torch takes (name, parameter) pairs too
         if isinstance(p, Tensor) and p.is_complex():
             raise TypeError(
                 f"{what} ranks real numbers, and param_groups[{index}] has a {p.dtype} parameter of shape "

@@ -101,14 +101,16 @@ class SAM(TwoPass):
                 add_(members, gradients(members), length)
 
     def _stretch(self, p: Tensor) -> Tensor:
-        """Return a = |w| + eta of a weight, 1 for a parameter that is no weight."""
-        w = local(p)
-        return w.abs() + self.eta if p.ndim >= 2 else w.new_ones(())
+        """Return a = |w| + eta of a weight, 1 for a parameter that is no weight; in float32 at least."""
+        size = local(p).abs()
+        size = size.to(torch.promote_types(size.dtype, torch.float32))
+        return size + self.eta if p.ndim >= 2 else size.new_ones(())
 
     def _stretched(self, p: Tensor) -> Tensor:
-        """Return a g."""
+        """Return a g, in float32 at least."""
         (grad,) = gradients([p])
-        return local(grad) * self._stretch(p)
+        g = local(grad)
+        return g.to(torch.promote_types(g.dtype, torch.float32)) * self._stretch(p)
 
     def _describe(self) -> str:
         options = [f"adaptive=True, eta={self.eta}"] if self.adaptive else []

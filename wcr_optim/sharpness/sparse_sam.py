@@ -53,7 +53,8 @@ class SparseSAM(TwoPass):
 
     Refreshes happen every update_freq steps, with that step's gradient and before its perturbation. Parameters without
     a gradient are not counted. Masks are saved in the state, and so are the roots of the sums for the next Fisher mask,
-    one more copy of the parameters, which update_freq=None does without. Under DDP without reduced first gradients, and
+    one more copy of the parameters (two for the length of a step that adds to them), which update_freq=None does
+    without. A step that fails or is skipped leaves both as they were. Under DDP without reduced first gradients, and
     with sharded parameters, each rank has masks of its own, of the entries that it holds.
 
     See `TwoPass` for manual loops, clipping, mixed precision and DistributedDataParallel.
@@ -112,8 +113,10 @@ class SparseSAM(TwoPass):
         self.seed = check_whole("seed", seed)
         self._masks = Slot("sparse_sam_mask")
         self._fisher = Slot("sparse_sam_fisher")
-        self._prepared: int | None = None  # the step that masks are ready for
         check_keeps_state(type(self).__name__, base)
+        # Of the step under way, for the state to be that of the last one until it is taken; a root to forget is None.
+        self._next_masks: dict[Tensor, Tensor] = {}
+        self._next_fisher: dict[Tensor, Tensor | None] = {}
         super().__init__(base, rho=rho, model=model, same_dropout=same_dropout, scaler=scaler, progress={MADE: False})
 
     def update_mask(self, losses: Iterable[Tensor]) -> None:
@@ -156,8 +159,18 @@ class SparseSAM(TwoPass):
 
     def update(self) -> None:
         """Let the base update the weights."""
-        super().update()
+        # Listed before, since a hook of the base may clear the gradients.
         stepped = [p for group in self._filled_groups() for p in group["params"] if p.grad is not None]
+        is_next = self._gathered
+        super().update()
+        if is_next:
+            self._set_masks(list(self._next_masks), list(self._next_masks.values()))
+            for p, root in self._next_fisher.items():
+                if root is None:
+                    self._fisher.drop(self, p)
+                else:
+                    self._fisher.put(self, p, root)
+        self._forget_next()
         if stepped and self._has_masks():
             self._note_made()
         self._hold_places(stepped)
@@ -165,23 +178,27 @@ class SparseSAM(TwoPass):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state_dict, masks included; without any in it, they are made anew."""
         super().load_state_dict(state_dict)
-        self._prepared = None
         self._masks.clear()
         self._fisher.clear()
+        self._forget_next()
         for state in self.state.values():
             if self._masks.key in state:  # which torch has cast to the parameter's dtype
                 state[self._masks.key] = state[self._masks.key].bool()
 
+    def _begin(self) -> bool:
+        self._forget_next()
+        return super()._begin()
+
     def _perturb(self, params: Sequence[Sequence[Tensor]], norm: float, scale: float) -> None:
-        if self._prepared != self._steps():  # a step that was skipped or failed is tried again with the same masks
-            self._prepare(scale)
-            self._prepared = self._steps()
+        self._prepare(scale)
         for group, members in zip(self.param_groups, params, strict=True):
             length = float(group["rho"]) / ((norm + EPS) * scale)
             for p in members:
-                mask = self._masks.get(self, p)
+                mask = self._next_masks.get(p)
+                if mask is None and (saved := self._masks.get(self, p)) is not None:
+                    mask = local(saved)
                 if mask is not None and p.grad is not None and length > 0.0:
-                    add_([p], [local(p.grad) * local(mask)], length)
+                    add_([p], [local(p.grad) * mask], length)
 
     def _prepare(self, scale: float) -> None:
         """Collect this step's squared gradients, and refresh the masks if it is time to."""
@@ -191,22 +208,21 @@ class SparseSAM(TwoPass):
         remaining = 0 if first else self._steps_to_refresh(step)
         if self.mask == "dynamic":
             if remaining == 0:
-                self._set_masks(params, self._start(params, step) if first else self._evolve(params, step))
+                masks = self._start(params, step) if first else self._evolve(params, step)
+                self._next_masks = dict(zip(params, masks, strict=True))
             return
         if remaining < self.num_samples:
             self._collect(params, scale)
         if remaining == 0:
-            roots = [self._fisher.get(self, p) for p in params]
+            roots = [self._next_fisher.get(p, self._fisher.get(self, p)) for p in params]
             scores = [
                 torch.zeros_like(local(p)) if root is None else local(root)
                 for p, root in zip(params, roots, strict=True)
             ]
-            self._set_masks(params, _keep_largest(scores, self.sparsity))
+            self._next_masks = dict(zip(params, _keep_largest(scores, self.sparsity), strict=True))
             for p, root in zip(params, roots, strict=True):
-                if self.update_freq is None:
-                    self._fisher.drop(self, p)
-                elif root is not None:
-                    local(root).zero_()
+                if root is not None:
+                    self._next_fisher[p] = None if self.update_freq is None else torch.zeros_like(root)
 
     def _steps_to_refresh(self, step: int) -> float:
         if self.update_freq is None:
@@ -221,10 +237,10 @@ class SparseSAM(TwoPass):
         """
         for p in params:
             if p.grad is not None:
-                root = self._fisher.get(self, p)
-                root = torch.zeros_like(p) if root is None else root
+                saved = self._fisher.get(self, p)
+                root = torch.zeros_like(p, requires_grad=False) if saved is None else saved.clone()
                 local(root).hypot_(local(p.grad) if scale == 1.0 else local(p.grad) / scale)
-                self._fisher.put(self, p, root)
+                self._next_fisher[p] = root
 
     def _hold_places(self, stepped: Iterable[Tensor]) -> None:
         """Give parameters that were stepped without a mask, by a checkpoint loader's probe, the keys of one.
@@ -259,7 +275,7 @@ class SparseSAM(TwoPass):
         generator = self._generator(step)
         noise = [torch.rand(int((~mask).sum()), generator=generator, device="cpu").to(mask.device) for mask in masks]
         gradients = [torch.zeros_like(local(p)) if p.grad is None else local(p.grad) for p in params]
-        kept = _keep_largest([g[mask] for g, mask in zip(gradients, masks, strict=True)], dropped / max(live, 1))
+        kept = _keep_largest([g[mask].abs() for g, mask in zip(gradients, masks, strict=True)], dropped / max(live, 1))
         grown = _keep_largest(noise, 1.0 - (wanted - (live - dropped)) / max(total - live, 1))
         for mask, keep, grow in zip(masks, kept, grown, strict=True):
             places, others = mask.clone(), ~mask
@@ -297,6 +313,10 @@ class SparseSAM(TwoPass):
 
     def _has_masks(self) -> bool:
         return self._masks.waits or any(group[MADE] for group in self._filled_groups())
+
+    def _forget_next(self) -> None:
+        self._next_masks.clear()
+        self._next_fisher.clear()
 
     def _note_made(self) -> None:
         for group in self.param_groups:

@@ -52,7 +52,8 @@ class SSAM(OptimizerWrapper):
     added. Weights that were loaded or edited while they were perturbed are taken as the true weights, with a warning,
     since nothing tells the one from the other: the perturbation is then part of what was edited. Edits in place through
     `.data` (`p.data.clamp_()`) cannot be seen, nor can those between `load_state_dict` and the step after it; they are
-    lost when the true weights come back. `p.data = ...` is seen.
+    lost when the true weights come back. `p.data = ...` is seen. Embeddings with max_norm= write their weights in every
+    forward: give the step a closure, in which that goes with the perturbation.
 
     A checkpoint of model and optimizer may be taken in either state, both of them in the same, and resumes bit for
     bit. Loading one of the bare base starts with an unperturbed step.
@@ -101,7 +102,10 @@ class SSAM(OptimizerWrapper):
         self._gathered = False
         try:
             self._perturb()
-            loss = super().gather(closure)
+            try:
+                loss = super().gather(closure)
+            finally:
+                self._note()  # what a forward writes into weights, as embeddings with max_norm= do, goes with w + e
             if self._watch is not None:
                 self._watch.check(type(self).__name__)
                 self._watch = None
@@ -118,9 +122,11 @@ class SSAM(OptimizerWrapper):
 
     def update(self) -> None:
         """Let the base update the true weights; in a loop without closures, perturb them for the next forward."""
+        # Listed before, since a hook of the base may clear the gradients.
+        stepped = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
         try:
             super().update()
-            self._kept.settle(self, (p for group in self.param_groups for p in group["params"] if p.grad is not None))
+            self._kept.settle(self, stepped)
             if not self._gathered and self._norm != 0.0:
                 self._perturb()
         finally:
@@ -185,6 +191,7 @@ class SSAM(OptimizerWrapper):
             self._forget(groups, params)
             raise
         self._stamps.update((p, stamp(p)) for p in params)
+        torch.clear_autocast_cache()  # of copies that were made of other weights; so below
 
     @torch.no_grad()
     def _return(self, quietly: bool = False) -> None:
@@ -192,14 +199,17 @@ class SSAM(OptimizerWrapper):
         groups = [group for group in self._filled_groups() if group[PERTURBED]]
         self._adopt(groups, quietly)
         params, kept = self._kept_by(groups)
+        before = [stamp(p) for p in params]
         try:
             exchange_back_(params, kept)
             for group in groups:
                 group[PERTURBED] = False
         except BaseException:
-            self._forget(groups, params)
+            if before != [stamp(p) for p in params]:  # else w + e is in place still, and w is kept
+                self._forget(groups, params)
             raise
         self._stamps.clear()
+        torch.clear_autocast_cache()
 
     @torch.no_grad()
     def _keep(self) -> None:
@@ -216,6 +226,7 @@ class SSAM(OptimizerWrapper):
         self._adopt(perturbed)
         params, kept = self._kept_by(perturbed)
         copy_(params, kept)
+        torch.clear_autocast_cache()
         buffers = {p: self._kept.get(self, p) for group in self.param_groups for p in group["params"]}
         self._forget(perturbed, buffers)  # until they hold the new perturbation: an interruption finds none
         self._stamps.clear()
@@ -225,6 +236,10 @@ class SSAM(OptimizerWrapper):
             scale_(perturbations, gradients(params), length)
             for p, perturbation in zip(params, perturbations, strict=True):
                 self._kept.put(self, p, perturbation)
+
+    def _note(self) -> None:
+        """Take what is in place of perturbed weights as written by this class."""
+        self._stamps = {p: stamp(p) for p in self._stamps}
 
     def _kept_by(self, groups: Sequence[Mapping[str, Any]]) -> tuple[list[Tensor], list[Tensor]]:
         """Return the parameters of these groups for which something is kept, and what that is."""

@@ -221,8 +221,11 @@ class TwoPass(OptimizerWrapper):
     def _check_second_step(self) -> None:
         if self._second is None and not self._gathered:
             raise RuntimeError("second_step() ends what first_step() begins; call that first")
+
+    def _check_step_without_closure(self) -> None:
         if self._second is not None:
             self._check_unscaled("gather()")
+        super()._check_step_without_closure()
 
     def _check_step_with_closure(self) -> None:
         self._check_unscaled("gather(closure)")
@@ -285,12 +288,14 @@ class TwoPass(OptimizerWrapper):
         since then, a checkpoint's.
         """
         super().load_state_dict(state_dict)
-        for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
-            group.update((key, value) for key, value in self._progress.items() if key not in saved)
         if self._second is not None:
             self._second.keep_written()
             self._end(self._second)
         self._gathered = False
+
+    def _take_progress(self, saved_groups: Sequence[Mapping[str, Any]]) -> None:
+        for group, saved in zip(self.param_groups, saved_groups, strict=True):
+            group.update((key, value) for key, value in self._progress.items() if key not in saved)
 
     def _is_due(self) -> bool:
         """Whether this step has a second pass."""
@@ -395,7 +400,8 @@ class TwoPass(OptimizerWrapper):
         return super().state_dict()
 
     def __getstate__(self) -> dict[str, Any]:
-        return super().__getstate__() | {"_overflow": None, "_watch": None}
+        # Of hooks, a copy keeps that there were some: the overflow that they tell of.
+        return super().__getstate__() | {"_overflow": None if self._overflow is None else [], "_watch": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
