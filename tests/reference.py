@@ -44,6 +44,8 @@ def layouts(base: torch.Tensor) -> list[torch.Tensor]:
         base.to(memory_format=torch.channels_last),
         base.transpose(0, 2),
         base[::2, :, 1:],  # gaps in memory
+        base[..., ::2],  # of one size, between all elements
+        base[..., :1],
         base[:, :0],
     ]
 

@@ -634,3 +634,25 @@ def test_moments_of_the_networks_layers_are_those_that_the_penalty_sees():
     after = moments(layers)
     torch.testing.assert_close(after.mu, before.mu, rtol=1e-12, atol=0)
     assert (after.variance > before.variance).all()
+
+
+@pytest.mark.parametrize("make", [WCR, L1Decay, L2Decay])
+def test_lazy_parameters_are_taken_as_torch_takes_them(make):
+    """They have no shape until the first forward."""
+    net = nn.Sequential(nn.LazyLinear(4), nn.ReLU(), nn.LazyLinear(2))
+    optimizer = make(torch.optim.SGD(net.parameters(), lr=0.1), 1e-2)
+    x = torch.randn(8, 6, generator=torch.Generator().manual_seed(0))
+    for _ in range(2):
+        optimizer.zero_grad()
+        net(x).square().mean().backward()
+        before = net[0].weight.detach().clone()
+        optimizer.step()
+    assert not torch.equal(net[0].weight, before)
+
+
+def test_a_growth_whose_square_is_no_number_bounds_nothing():
+    weights = [nn.Parameter(torch.linspace(-1, 1, 40).view(8, 5)) for _ in range(2)]
+    for w, most in zip(weights, (1e300, math.inf), strict=True):
+        w.grad = torch.zeros_like(w)
+        WCR(torch.optim.SGD([w], lr=0.1), 1e3, form="scale_free", max_growth=most).step()
+    assert torch.equal(*weights)

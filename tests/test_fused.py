@@ -321,8 +321,8 @@ def test_what_the_kernel_cannot_do_is_done_without_it(net_of, backend, cls, opti
 def test_layers_whose_gradient_lies_otherwise_in_memory_are_left_to_torch(net_of, backend):
     if backend == "triton" and DEVICE.type == "cuda":
         pytest.skip("torch's own fused kernel refuses such gradients on CUDA")
-    nets = net_of(), net_of()
-    bare = torch.optim.AdamW(nets[1].parameters(), lr=0.01, fused=True)
+    nets = net_of(), net_of()  # torch's own fused kernel would be no reference: it goes by no strides
+    bare = torch.optim.AdamW(nets[1].parameters(), lr=0.01, foreach=False)
     opts = make(AdamW, nets[0], backend), WCR(bare, 0.1, backend="eager")
     for net, opt in zip(nets, opts, strict=True):
         for step in range(6):
@@ -330,6 +330,47 @@ def test_layers_whose_gradient_lies_otherwise_in_memory_are_left_to_torch(net_of
             net[0].weight.grad = net[0].weight.grad.t().contiguous().t()
             opt.step()
     assert set(opts[0].base._known) == {nets[0][3].weight}
+    assert_close(*nets)
+
+
+@pytest.mark.parametrize(("cls", "options"), [(AdamW, {}), (AdamW, {"amsgrad": True}), (SGD, {"momentum": 0.9})])
+@pytest.mark.parametrize("kind", ["eager", "compiled"])
+def test_a_state_that_lies_otherwise_in_memory(cls, options, kind):
+    """That of a channels_last network in a contiguous one: torch loads it as it lies."""
+    if kind == "compiled" and (why_not := compiled.why_not()) is not None:
+        pytest.skip(why_not)
+    start = torch.randn(8, 4, 3, 3)
+    nets = [nn.ParameterList([start.clone()]) for _ in range(2)]
+    nets[0] = nets[0].to(memory_format=torch.channels_last)
+    saved = make(cls, nets[0], kind, **options)
+    opts = make(cls, nets[0], kind, **options), make(cls, nets[1], kind, **options)
+
+    def step(net, opt):
+        net[0].grad = net[0].detach().cos()
+        opt.step()
+
+    for _ in range(2):
+        step(nets[0], saved)
+    nets[1].load_state_dict(nets[0].state_dict())
+    for net, opt in zip(nets, opts, strict=True):
+        opt.load_state_dict(copy.deepcopy(saved.state_dict()))
+        for _ in range(4):
+            step(net, opt)
+    assert_close(*nets)
+
+
+@pytest.mark.parametrize(("cls", "options"), [(AdamW, {}), (SGD, {"momentum": 0.9})])
+def test_a_scaler_sees_to_layers_that_torch_updates_plainly(cls, options):
+    starts = torch.randn(6, 5)
+    nets = [nn.ParameterList([starts.clone()]) for _ in range(2)]
+    opts = make(cls, nets[0], "eager", **options), unfused(cls, nets[1], **options)
+    scalers = [torch.amp.GradScaler("cpu", init_scale=2.0**8, growth_interval=1000) for _ in nets]
+    for number in range(5):
+        for net, opt, scaler in zip(nets, opts, scalers, strict=True):
+            loss = scaler.scale(net[0].sin().sum() * (math.inf if number == 2 else 1.0))
+            net[0].grad = torch.autograd.grad(loss, net[0])[0].t().contiguous().t()
+            scaler.step(opt)
+            scaler.update()
     assert_close(*nets)
 
 

@@ -312,7 +312,7 @@ class Decoupled(OptimizerWrapper):
         return Moments(n, torch.zeros_like(n), torch.zeros_like(n))
 
     def _rounds(self) -> bool:
-        narrow = any(w.element_size() < 4 for group in self.param_groups for w in group["params"])
+        narrow = any(w.dtype.itemsize < 4 for group in self.param_groups for w in group["params"])
         return self.stochastic_rounding and narrow
 
     def _next_seed(
@@ -463,7 +463,8 @@ class L1Decay(Decoupled):
 class L2Decay(Decoupled):
     """Decoupled weight decay, AdamW's w <- (1 - lr * l2_decay) w on every parameter; see `Decoupled` for the rest.
 
-    Around Adam it is AdamW, bit for bit.
+    Around Adam it is AdamW, bit for bit: in float32 and float64 with an lr that is a number or of the weights' dtype,
+    in bfloat16 and float16 unfused and with stochastic_rounding=False.
 
     Args:
         base: The optimizer instance to wrap.

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim import optimizer as torch_optimizer
+from torch.optim.adamw import adamw
 from torch.optim.sgd import sgd
 
 from wcr_optim import backends, layer_numbers
@@ -134,7 +135,34 @@ class FusedUpdate(Optimizer):
             self._in_graphs = self._in_graphs or _is_captured(layers)
             if not self._in_graphs:
                 self._known.update({w: Known(sums, row, stamp(w)) for row, w in enumerate(layers)})
+        if group["fused"]:
+            index = [i for i, w in enumerate(lists[0]) if local(w).device.type == "cpu" and not self._suits(lists, i)]
+            if index:
+                self._update_plainly(group, _take_out(lists, index))
         return result
+
+    def _suits(self, lists: list[list[Any]], i: int) -> bool:
+        """Return whether torch's own fused kernel updates a layer rightly on the CPU.
+
+        Up to torch 2.13 it takes element i of every tensor's memory for one and the same, whatever their strides.
+        """
+        return _alike([stream[i] for stream in lists if stream and stream[i] is not None])
+
+    def _update_plainly(self, group: dict[str, Any], lists: list[list[Any]]) -> None:
+        """Update layers by torch's plain kernels.
+
+        A GradScaler leaves its work to optimizers that say they are fused.
+        """
+        found_inf, scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
+        if found_inf is not None and found_inf.item():
+            return
+        if scale is not None:
+            torch._foreach_div_(lists[1], scale.to(lists[1][0].device))
+        self._update_unfused(group, lists)
+
+    def _update_unfused(self, group: dict[str, Any], lists: list[list[Any]]) -> None:
+        """Have torch update layers of a group, one at a time."""
+        raise NotImplementedError
 
     def _streams(self, w: Tensor, group: dict[str, Any]) -> list[Tensor] | None:
         """Return what a layer's fused update reads and writes, or None where there is none."""
@@ -157,6 +185,15 @@ class FusedAdamW(FusedUpdate, torch.optim.AdamW):
         if not state or w.grad is None:
             return None
         return [w, w.grad, state["exp_avg"], state["exp_avg_sq"]]
+
+    def _suits(self, lists: list[list[Any]], i: int) -> bool:
+        return super()._suits(lists[:-1], i)  # the last are counters of steps
+
+    def _update_unfused(self, group: dict[str, Any], lists: list[list[Any]]) -> None:
+        params, grads, means, squares, largest, steps = lists
+        beta1, beta2 = group["betas"]
+        options = {key: group[key] for key in ("amsgrad", "lr", "weight_decay", "eps", "maximize")}
+        adamw(params, grads, means, squares, largest, steps, foreach=False, beta1=beta1, beta2=beta2, **options)
 
     def _update(self, group: dict[str, Any], lists: list[list[Any]], shrinks: Shrinks) -> Tensor:
         params, grads, means, squares, _, steps = lists
@@ -181,22 +218,11 @@ class FusedSGD(FusedUpdate, torch.optim.SGD):
     2.13 the fused one skips whole vectors of them and takes garbage for their momentum (pytorch/pytorch#191763).
     """
 
-    def _init_group(self, group: dict[str, Any], *arguments: Any) -> Any:
-        result = super()._init_group(group, *arguments)
-        index = [i for i, w in enumerate(arguments[0]) if local(w).device.type == "cpu" and w.element_size() < 4]
-        if group["fused"] and index:
-            self._update_plainly(group, *_take_out(arguments, index))
-        return result
+    def _suits(self, lists: list[list[Any]], i: int) -> bool:
+        return lists[0][i].element_size() >= 4 and super()._suits(lists, i)
 
-    def _update_plainly(
-        self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor], buffers: list[Tensor | None]
-    ) -> None:
-        # A GradScaler leaves its work to optimizers that say they are fused.
-        found_inf, scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
-        if found_inf is not None and found_inf.item():
-            return
-        if scale is not None:
-            torch._foreach_div_(grads, scale.to(grads[0].device))
+    def _update_unfused(self, group: dict[str, Any], lists: list[list[Any]]) -> None:
+        params, grads, buffers = lists
         options = {key: group[key] for key in ("weight_decay", "momentum", "lr", "dampening", "nesterov", "maximize")}
         sgd(params, grads, buffers, **options, has_sparse_grad=any(g.is_sparse for g in grads), foreach=False)
         for w, buffer in zip(params, buffers, strict=False):

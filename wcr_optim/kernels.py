@@ -630,7 +630,7 @@ def _table(numbers: tuple[int, ...], chunk: int, device: torch.device) -> tuple[
 
 def _without_gaps(w: Tensor) -> Tensor:
     """Return a tensor whose elements fill the memory from its address on: itself if possible."""
-    return w if w.is_contiguous() or not fuses(w) else flat(w)
+    return w if w.is_contiguous() or not fuses(w) else flat(w).contiguous()
 
 
 def written(*streams: Sequence[Tensor]) -> None:

@@ -145,7 +145,7 @@ def flow(penalty: Penalty, moments: Moments, s: Tensor) -> tuple[Tensor, Tensor]
         with on(s.device):
             _flow_kernel[(-(-len(s) // BLOCK),)](
                 n.contiguous(), mu, q, mu.stride(0), q.stride(0), s.contiguous(), gain, threshold, len(s),
-                EPS=getattr(penalty, "eps", 0.0), MOST=(1 + most) ** 2 - 1, MOST_LOG=math.log1p(most), KIND=kind,
+                EPS=getattr(penalty, "eps", 0.0), MOST=most * (2 + most), MOST_LOG=math.log1p(most), KIND=kind,
                 BLOCK=BLOCK, num_warps=4,
             )  # fmt: skip
     return gain, threshold

@@ -50,7 +50,7 @@ def in_memory_order(tensor: Tensor) -> Tensor:
 
 
 def flat(tensor: Tensor) -> Tensor:
-    """Return a 1-D view in memory order, or a copy where the memory has gaps.
+    """Return a 1-D view in memory order, or a copy where there is none; gaps of one size leave a view with a stride.
 
     Penalties ask only for sums over a layer and for elementwise writes, so the order of the elements is free, and
     channels_last or transposed weights need no copy.

@@ -137,7 +137,7 @@ class _EnergyPreserving(Penalty):
     def flow(self, moments: Moments, s: float | Tensor) -> tuple[Tensor, Tensor]:
         """Return (sqrt(V'/V), mu - mu'/gain), max_growth bounding delta from below."""
         x, variance = moments.mu.square(), moments.variance
-        most = ((1 + self.max_growth) ** 2 - 1) * variance / x  # of x that V may take without outgrowing max_growth
+        most = self.max_growth * (2 + self.max_growth) * variance / x  # of x that V may take within max_growth
         sigma = self.sigma(moments, s).clamp(max=min(MAX_SIGMA, torch.finfo(moments.q.dtype).max))
         delta = self.log_ratio(x / moments.q, sigma).maximum((-most).clamp(min=-1).log1p())
         log_gain = (-x / variance * delta.expm1()).log1p() / 2
