@@ -101,7 +101,7 @@ class Method:
         """Read a name.
 
         Raises:
-            ValueError: If a part of it is unknown, comes twice or in the wrong place.
+            ValueError: If a part of it is unknown, comes twice, in the wrong place or beside one that it does not fit.
 
         """
         base, *rest = name.split("+")
@@ -110,6 +110,15 @@ class Method:
         if base not in BASES or len(parts) != len(rest) or Method(base, **parts).name != name:
             known = " ".join([*BASES, *SHARPNESS, *PENALTIES, "prox", *PRUNING])
             raise ValueError(f"there is no method {name!r}; a name is a base and parts in this order: {known}")
+        if "pruning" in parts and len(parts) > 1:
+            raise ValueError(
+                f"method {name!r} is not measured: {parts['pruning']} is a yardstick around a bare base, {base}+"
+                f"{parts['pruning']}"
+            )
+        if parts.get("penalty") == "prox" and "sharpness" in parts:
+            raise ValueError(
+                f"method {name!r} is not measured: torchao's optimizer takes no second pass; use {base}+prox"
+            )
         return Method(base, **parts)
 
     @property

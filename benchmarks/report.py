@@ -21,7 +21,7 @@ from typing import Any
 
 from benchmarks import runner, tasks, tuning
 from benchmarks.methods import LABELS, PENALTIES, PRUNING, RHO, SHARPNESS, Method
-from benchmarks.trials import COLUMNS, KEY
+from benchmarks.trials import COLUMNS, KEY, NUMBERS
 from wcr_optim import plots
 from wcr_optim.files import written_whole
 
@@ -108,11 +108,12 @@ def cell(
             continue
         if parts.has_goal and (float(row["rho"]), float(row["goal"])) != setting:
             continue
+        as_wanted = row["recalibrated"] != "False" or kind.calibration is None
+        if row["metric"] and not (row["metric"] == kind.metric and row["scope"] == "global" and as_wanted):
+            continue
         if tuning.failed(row):
             failed.add(row["seed"])
-            continue
-        as_wanted = row["recalibrated"] != "False" or kind.calibration is None
-        if row["metric"] == kind.metric and row["scope"] == "global" and as_wanted:
+        else:
             runs.setdefault(row["seed"], {})[float(row["sparsity"])] = row
     whole = [run for seed, run in runs.items() if goal in run and 0.0 in run and seed not in failed]
     if not whole and not failed:
@@ -208,7 +209,6 @@ def _cell_text(kind: tasks.Task, found: Cell | None, best: float | None, *, shor
     places = 3 if kind.metric == "bits_per_byte" else 1
     value = f"{found.mean:.{places}f}"
     value = f"**{value}**" if best is not None and value == f"{best:.{places}f}" else value
-    spread = f" ± {found.spread:.{places}f}" if len(found.values) > 1 else ""
     at = "" if found.strength is None else f" at {found.strength:g}"
     at = at if found.rho is None else f" at {found.rho:g}"
     at = at if found.told is None else f"{at} told {100 * found.told:g} %"
@@ -216,7 +216,11 @@ def _cell_text(kind: tasks.Task, found: Cell | None, best: float | None, *, shor
     if not found.values:
         return f"diverged{at}"
     failed = f", {found.failed} of {found.failed + len(found.values)} diverged" if found.failed else ""
-    return f"{value}{spread} ({found.dense_mean:.{places}f}){at}{failed}"
+    return f"{value}{_spread(found, places)} ({found.dense_mean:.{places}f}){at}{failed}"
+
+
+def _spread(found: Cell, places: int) -> str:
+    return f" ± {found.spread:.{places}f}" if len(found.values) > 1 else ""
 
 
 def _costs(row: Sequence[Cell | None]) -> list[str]:
@@ -255,11 +259,12 @@ def verdict(rows: Rows, task: str) -> str:
         gap = gap if kind.best is max else -gap
         spread = max(ours[one].spread, others[other].spread)
         word = "ahead of" if gap > spread else "behind" if gap < -spread else "level with"
-        named = [
-            f"{_label(rows, task, m, search)} {c.mean:.{places}f} ± {c.spread:.{places}f}"
-            for (m, search), c in ((one, ours[one]), (other, others[other]))
-        ]
-        lines.append(f"- {100 * goal:g} %: {named[0]} is **{word}** {named[1]}")
+        pair = ((one, ours[one]), (other, others[other]))
+        named = [f"{_label(rows, task, m, search)} {c.mean:.{places}f}{_spread(c, places)}" for (m, search), c in pair]
+        if min(len(c.values) for _, c in pair) > 1:
+            lines.append(f"- {100 * goal:g} %: {named[0]} is **{word}** {named[1]}")
+        else:
+            lines.append(f"- {100 * goal:g} %: {named[0]} beside {named[1]}: one seed says nothing of the difference")
     return "\n".join(lines)
 
 
@@ -269,7 +274,7 @@ def section(rows: Rows, task: str) -> str:
     unit = {"bits_per_byte": "bits per byte, lower is better"}.get(kind.metric, f"{kind.metric} in percent")
     said = [
         f"Data: {kind.data}. {_steps(rows, kind)} steps. {unit[0].upper() + unit[1:]}; mean ± sample standard "
-        f"deviation over {_seeds(rows, task)} seeds on the test split, dense value in parentheses, then the strength "
+        f"deviation over {_seeds(rows, task)} on the test split, dense value in parentheses, then the strength "
         f"(or rho) that the validation split chose at that sparsity. Gradients, seconds and sharpness (largest "
         f"eigenvalue of the loss's Hessian) are means over the row.",
         table(rows, task),
@@ -284,7 +289,8 @@ def _seeds(rows: Rows, task: str) -> str:
     """Say over how many seeds the methods were measured, which may not be as many for all of them."""
     seen = {(row["method"], row["seed"]) for row in rows if row["task"] == task and row["split"] == "test"}
     counts = Counter(method for method, _ in seen).values()
-    return " to ".join(map(str, sorted({min(counts), max(counts)}))) if counts else "no"
+    least, most = min(counts, default=0), max(counts, default=0)
+    return f"{least} to {most} seeds" if least < most else f"{most} seed{'s' if most != 1 else ''}"
 
 
 def _steps(rows: Rows, kind: tasks.Task) -> str:
@@ -400,7 +406,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--readme", type=Path, default=Path("README.md"), help="(default: README.md)")
     parser.add_argument("--images", type=Path, default=Path("docs/images"), help="(default: docs/images)")
     o = parser.parse_args(argv)
-    rows = stored(o.results)
+    try:
+        rows = stored(o.results)
+    except ValueError as error:
+        parser.error(str(error))
+    missing = [suite for suite in SUITES if not (o.results / f"{suite}.csv").exists()]
+    if missing:
+        parser.error(
+            f"{o.results} has no {missing[0]}.csv, and the tables of its tasks would be emptied: run that suite with "
+            f"--output {o.results}, or name the folder that has them all"
+        )
+    for path in (o.page, o.readme):
+        if not path.is_file():
+            parser.error(f"there is no page {path} to renew")
     page = filled(o.page.read_text(encoding="utf-8"), "brief", brief(rows))
     for task in dict.fromkeys(row["task"] for row in rows):
         of_task = [row for row in rows if row["task"] == task]
@@ -419,7 +437,7 @@ def stored(folder: Path) -> Rows:
     return [
         row
         for suite in SUITES
-        for row in tuning.of_run(runner.Results(folder / f"{suite}.csv", COLUMNS, KEY).read(), {})
+        for row in tuning.of_run(runner.Results(folder / f"{suite}.csv", COLUMNS, KEY, NUMBERS).read(), {})
     ]
 
 

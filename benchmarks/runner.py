@@ -7,9 +7,10 @@ import io
 import multiprocessing
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -92,20 +93,36 @@ def _side_by_side(
             while pending:
                 ended, pending = wait(pending, timeout=0.5, return_when=FIRST_COMPLETED)
                 bar.update(counter.value - bar.n)
-                for future in ended:
+                for future in sorted(ended, key=_raised):  # what has ended well is kept, whatever ended beside it
                     done(future.result())
         finally:
             if pending:  # an error or an interruption: runs of minutes are not waited for, and leave no rows
+                processes = list((pool._processes or {}).values())  # which the pool forgets as it shuts down
                 pool.shutdown(wait=False, cancel_futures=True)
-                for process in list((pool._processes or {}).values()):
+                for process in processes:
                     process.terminate()
+                for process in processes:
+                    process.join()
     return [future.result() for future in futures]
+
+
+def _raised(future: Future[list[Row]]) -> bool:
+    return future.exception() is not None
 
 
 def _start(counter: Any) -> None:
     global _steps_done
     _steps_done = counter
     torch.set_num_threads(1)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """End this process when the one that started it is gone, killed without a chance to end it."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _in_process(work: Callable[..., list[Row]], trial: Any) -> list[Row]:
@@ -127,16 +144,17 @@ class Results:
         path: The file; it need not exist.
         columns: Its columns.
         key: Those that tell trials apart.
+        numbers: Those that hold a number or nothing (default: none)
     """
 
-    def __init__(self, path: Path, columns: Sequence[str], key: Sequence[str]) -> None:
-        self.path, self.columns, self.key = path, tuple(columns), tuple(key)
+    def __init__(self, path: Path, columns: Sequence[str], key: Sequence[str], numbers: Sequence[str] = ()) -> None:
+        self.path, self.columns, self.key, self.numbers = path, tuple(columns), tuple(key), tuple(numbers)
 
     def read(self) -> list[dict[str, str]]:
         """Return all rows.
 
         Raises:
-            ValueError: If the file has other columns.
+            ValueError: If the file has other columns, or a line of it is damaged.
 
         """
         if not self.path.exists():
@@ -145,7 +163,17 @@ class Results:
             reader = csv.DictReader(file)
             if tuple(reader.fieldnames or ()) != self.columns:
                 raise ValueError(f"{self.path} has other columns than this version writes; name another file")
-            return list(reader)
+            try:
+                rows = list(reader)
+            except csv.Error as error:
+                raise ValueError(f"line {reader.line_num} of {self.path} is damaged: {error}") from error
+        for number, row in enumerate(rows, start=2):
+            if None in row or None in row.values() or not all(_is_number(row[name]) for name in self.numbers):
+                raise ValueError(
+                    f"line {number} of {self.path} is damaged: {','.join(map(str, row.values()))[:80]!r}; delete all "
+                    f"lines of that run, which is then run again, or name another file"
+                )
+        return rows
 
     def keys(self) -> set[tuple[str, ...]]:
         """Return the keys of the trials that the file holds."""
@@ -163,6 +191,7 @@ class Results:
                 writer.writeheader()
             writer.writerows(rows)
             before = self.path.read_bytes() if self.path.exists() else b""
+            before += b"\n" if before and not before.endswith(b"\n") else b""  # an editor may have left out the last
             with written_whole(self.path) as temporary:
                 temporary.write_bytes(before + text.getvalue().encode())
 
@@ -175,6 +204,14 @@ class Results:
             yield
         finally:
             os.close(folder)
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text or "nan")
+    except ValueError:
+        return False
+    return True
 
 
 def run_missing(

@@ -14,15 +14,21 @@ from __future__ import annotations
 
 import argparse
 import functools
+import math
 import os
 from collections.abc import Callable, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch import nn
 
 from benchmarks import report, runner, tasks, tuning
 from benchmarks.methods import SHARPNESS, Method
 from benchmarks.tasks import SPARSITIES
-from benchmarks.trials import COLUMNS, KEY, Trial, prepare, run_trial, steps_of
+from benchmarks.trials import COLUMNS, KEY, NUMBERS, OF_RUNS, Trial, prepare, run_trial, steps_of
+from wcr_optim import SparsityTarget
 
 SUITES = {
     "vision": ("digits_mlp", "digits_cnn", "digits_resnet", "textures"),
@@ -35,12 +41,12 @@ PENALTIES = ("l1", "l2", "hoyer", "wcr", "scale_free", "per_unit", "target")
 def main(suite: str, argv: Sequence[str] | None = None) -> int:
     """Run a suite; see ``--help``."""
     o = _parse(suite, argv)
-    results = runner.Results(o.output / f"{suite}.csv", COLUMNS, KEY)
+    results = runner.Results(o.output / f"{suite}.csv", COLUMNS, KEY, NUMBERS)
     work = functools.partial(_run, o.device, tuple(o.sparsities))
     lengths: dict[str, int] = {}
     for task in o.tasks:
         methods = o.methods or every_method(task, quick=o.quick)
-        steps = round(tasks.task(task).steps * o.share)
+        steps = max(1, round(tasks.task(task).steps * o.share))
         steps = lengths[task] = 0 if steps == tasks.task(task).steps else steps
         searched = [method for method in methods if _is_searched(method) or method in _bases(task)]
         common: dict[str, Any] = {"steps": steps, "options": o.options}
@@ -109,9 +115,9 @@ def _parse(suite: str, argv: Sequence[str] | None) -> argparse.Namespace:
     size.add_argument("--quick", action="store_true", help="five methods, three strengths, two seeds, half the steps")
     size.add_argument("--full", action="store_true", help="all methods, ten strengths, three seeds, into docs/results")
     parser.add_argument(
-        "--tasks", type=_names, default=list(SUITES[suite]), help=f"(default: {','.join(SUITES[suite])})"
+        "--tasks", type=_some_names, default=list(SUITES[suite]), help=f"(default: {','.join(SUITES[suite])})"
     )
-    parser.add_argument("--methods", type=_names, help="names such as sgd,sgd+wcr,adamw+sam+target (default: all)")
+    parser.add_argument("--methods", type=_some_names, help="names such as sgd,sgd+wcr,adamw+sam+target (default: all)")
     parser.add_argument("--seeds", type=_count, help="runs on the test split of each choice (default: 3)")
     parser.add_argument("--strengths", type=_count, help="strengths of each search (default: 5)")
     parser.add_argument("--sparsities", type=_sparsities, default=SPARSITIES, help="to prune at (default: 0 to 0.99)")
@@ -122,16 +128,16 @@ def _parse(suite: str, argv: Sequence[str] | None) -> argparse.Namespace:
         help="what SparsityTarget is told beside the sparsities that are compared; its goal is searched on the "
         "validation split, with --split validation (default: nothing)",
     )
-    parser.add_argument("--share", type=float, help="of the task's steps to train for (default: 1)")
+    parser.add_argument("--share", type=_share, help="of the task's steps to train for (default: 1)")
     parser.add_argument("--options", default="", help="of SparsityTarget, as name=value;name=value")
     parser.add_argument("--split", choices=("both", "validation", "test"), default="both", help="(default: both)")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="(default: cpu)")
     parser.add_argument("--jobs", type=_count, default=os.cpu_count() or 1, help="runs at a time (default: one a core)")
     parser.add_argument("--output", type=Path, help="folder of the results (default: results)")
     o = parser.parse_args(argv)
     o.seeds = o.seeds or (2 if o.quick else 3)
     o.strengths = o.strengths or (3 if o.quick else 10 if o.full else 5)
-    o.share = o.share or (0.5 if o.quick else 1.0)
+    o.share = (0.5 if o.quick else 1.0) if o.share is None else o.share
     o.output = o.output or Path("results/quick" if o.quick else "docs/results" if o.full else "results")
     try:
         for task in o.tasks:
@@ -140,13 +146,43 @@ def _parse(suite: str, argv: Sequence[str] | None) -> argparse.Namespace:
             if bad:
                 raise ValueError(f"task {task} has no setting for the base of {bad[0]!r}; it has {', '.join(known.lr)}")
             o.sparsities = sorted({0.0, *known.goals, *o.sparsities})
+        for name in o.methods or ("sgd+target",):
+            _try(Method.of(name), o.options)
+        if o.device == "cuda" and not torch.cuda.is_available():
+            raise ValueError("torch finds no CUDA device; leave --device out")
+        import_module("matplotlib")  # for the pictures at the end
+        o.output.mkdir(parents=True, exist_ok=True)
+        runner.Results(o.output / f"{suite}.csv", COLUMNS, KEY, NUMBERS).read()
     except (ValueError, OSError, ImportError) as error:
         parser.error(str(error))
     return o
 
 
-def _names(text: str) -> list[str]:
-    return [name for name in text.split(",") if name]
+def _try(method: Method, options: str) -> None:
+    """Build a method's optimizer and what follows it around a small network; raise what is wrong with them."""
+    if any("=" not in option for option in options.split(";") if option):
+        raise ValueError(f"--options takes name=value;name=value, got {options!r}")
+    optimizer = method.optimizer(nn.Linear(4, 4), lr=0.1, weight_decay=0.0, strength=1.0)
+    if method.penalty == "target":
+        settings = Trial("", method.name, options=options).settings
+        try:
+            SparsityTarget(optimizer, 0.9, 100, **{k: v for k, v in settings.items() if k not in OF_RUNS})
+        except TypeError as error:
+            raise ValueError(f"--options {options!r}: {error}") from error
+
+
+def _some_names(text: str) -> list[str]:
+    names = list(dict.fromkeys(name for name in text.split(",") if name))
+    if not names:
+        raise argparse.ArgumentTypeError("names none")
+    return names
+
+
+def _share(text: str) -> float:
+    share = float(text)
+    if not 0.0 < share < math.inf:
+        raise argparse.ArgumentTypeError(f"must be above 0, got {text}")
+    return share
 
 
 def _count(text: str) -> int:

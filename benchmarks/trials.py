@@ -80,8 +80,12 @@ class Trial:
         return {name: _number(value) for name, value in (o.split("=", 1) for o in self.options.split(";") if o)}
 
 
+OF_RUNS = ("lr", "wd", "batch", "layers")
+"""Options of a run; the others go to what follows the optimizer."""
 KEY = tuple(field.name for field in fields(Trial))
 COLUMNS = (*KEY, *MEASURED)
+NUMBERS = ("seed", "strength", "rho", "goal", "steps", "sparsity", "value", "seconds", "gradient_evaluations")
+"""Columns that hold a number or, of a run that diverged, nothing."""
 
 
 class DivergedError(Exception):

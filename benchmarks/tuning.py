@@ -268,9 +268,11 @@ def validation_means(
         if (row["task"], row["method"], row["split"], row["options"]) != (task, method, "validation", options):
             continue
         at = (float(row["strength"]), float(row["rho"]), float(row["goal"]))
+        if row["metric"] and not (row["metric"] == kind.metric and row["scope"] == "global"):
+            continue
         if failed(row):
             diverged.add(at)
-        elif row["metric"] == kind.metric and row["scope"] == "global":
+        else:
             found.setdefault(at, {}).setdefault(float(row["sparsity"]), []).append(float(row["value"]))
     return {
         at: {sparsity: statistics.mean(values) for sparsity, values in means.items()}
@@ -280,5 +282,5 @@ def validation_means(
 
 
 def failed(row: Mapping[str, str]) -> bool:
-    """Say whether a row is all that there is of a run that raised, or has no number for a value."""
+    """Say whether a row is all that there is of a run that diverged, which names no metric, or has no number."""
     return row["value"] in ("", "nan")

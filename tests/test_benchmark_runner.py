@@ -3,7 +3,9 @@
 import csv
 import functools
 import itertools
+import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -19,7 +21,7 @@ from benchmarks.__main__ import main as benchmarks
 from benchmarks.curvature import largest_eigenvalue
 from benchmarks.gradual import GradualPruning
 from benchmarks.methods import PENALTIES, SHARPNESS, Method
-from benchmarks.trials import COLUMNS, KEY, Trial, moved, quantized, run_trial, steps_of
+from benchmarks.trials import COLUMNS, KEY, NUMBERS, Trial, moved, quantized, run_trial, steps_of
 from benchmarks.variants import ExplicitStep, InLoss, Window
 from wcr_optim import WCR, param_groups, pruning
 from wcr_optim.moments import moments
@@ -36,6 +38,13 @@ def test_every_method_has_a_name_that_reads_back(base):
 @pytest.mark.parametrize("name", ["", "adam", "sgd+nothing", "sgd+wcr+sam", "sgd+sam+sam", "wcr"])
 def test_names_that_say_nothing_are_refused(name):
     with pytest.raises(ValueError, match="no method"):
+        Method.of(name)
+
+
+@pytest.mark.parametrize("name", ["sgd+wcr+gradual", "sgd+sam+random", "sgd+target+gradual", "adamw+sam+prox"])
+def test_parts_that_do_not_go_together_are_refused(name):
+    """One of them would be left out, and the row would say it was there."""
+    with pytest.raises(ValueError, match="is not measured"):
         Method.of(name)
 
 
@@ -122,7 +131,9 @@ def test_the_validation_split_chooses_and_the_test_split_reports():
     assert report.brief(rows).splitlines()[2:] == [
         "| digits_mlp, SGD, 98 % | 61.0 (97.9) | – | – | **89.0** ± 1.4 (95.0) | – | – |"
     ], "no row for a base without runs"
-    assert "95 %: SGD + WCR 79.0 ± 0.0 is **ahead of** SGD 61.0 ± 0.0" in text
+    assert "95 %: SGD + WCR 79.0 beside SGD 61.0: one seed says nothing of the difference" in text
+    again = [row | {"seed": "2"} for row in rows if row["split"] == "test" and row["seed"] == "0"]
+    assert "95 %: SGD + WCR 79.0 ± 0.0 is **ahead of** SGD 61.0 ± 0.0" in report.section(rows + again, "digits_mlp")
     trials = tuning.choices("digits_mlp", ["sgd", "sgd+wcr", "sgd+target"], rows, [0, 1])
     assert {t.strength for t in trials if t.method == "sgd+wcr"} == {1e-2, 1e-3}
     assert {t.goal for t in trials if t.method == "sgd+target"} == set(GOALS)
@@ -133,6 +144,31 @@ def test_the_validation_split_chooses_and_the_test_split_reports():
         assert [t.goal for t in further if t.method == "sgd+target"] == [*GOALS, 0.99]
         assert {t.goal for t in further if t.method == "sgd+wcr"} == {0.0}
     assert all(t.split == "test" for t in trials)
+
+
+def test_a_value_that_no_table_reads_says_nothing_of_a_run():
+    rows = [
+        row for split in ("validation", "test") for row in rows_of("sgd+wcr", 0.1, accuracies(97.0, 61.0), 0, split)
+    ]
+    elsewhere, last = {"scope": "1:8", "value": "nan"}, rows[-1]
+    rows += [rows[0] | elsewhere, last | elsewhere]
+    found = report.cell(rows, "digits_mlp", "sgd+wcr", 0.9)
+    assert (found.mean, found.failed) == (61.0, 0)
+    rows += [last | {"value": "nan"}]
+    assert report.cell(rows, "digits_mlp", "sgd+wcr", 0.9).failed == 1
+
+
+def test_report_empties_no_table_for_want_of_results(tmp_path, capsys):
+    page = tmp_path / "page.md"
+    page.write_text("<!-- table: brief -->\n\nrows\n\n<!-- end -->\n")
+    arguments = ["--page", str(page), "--readme", str(page), "--images", str(tmp_path)]
+    for folder, said in ((tmp_path / "typo", "has no vision.csv"), (Path("docs/results"), "no page")):
+        pages = arguments if said != "no page" else ["--page", str(tmp_path / "none.md")]
+        with pytest.raises(SystemExit) as stopped:
+            report.main(["--results", str(Path(__file__).parents[1] / folder), *pages])
+        assert stopped.value.code == 2
+        assert said in capsys.readouterr().err
+    assert "rows" in page.read_text()
 
 
 def test_a_search_whose_best_strength_is_its_largest_goes_on():
@@ -187,6 +223,8 @@ def test_a_target_whose_goal_validation_chose_is_in_a_row_of_its_own():
     assert cell(0.98) is None
     text = report.section(rows, "digits_mlp").replace("*", "")
     assert "| SGD + SparsityTarget, goal searched | 97.5 (97.8) told 95 % | – | 96.1 (97.8) told 95 % | 96.1" in text
+    again = [row | {"seed": "1"} for row in rows if row["split"] == "test"]
+    text = report.section(rows + again, "digits_mlp").replace("*", "")
     assert "98 %: SGD + SparsityTarget, goal searched 96.1 ± 0.0 is ahead of SGD 60.0 ± 0.0" in text
     assert report.summary(rows)["digits_mlp"]["sgd+target"]["0.98"]["goal_searched_within_tolerance"]["told"] == 0.95
     best = report.cell(rows, "digits_mlp", "sgd+target", 0.9, search=True)
@@ -384,6 +422,31 @@ def test_what_all_runs_need_is_prepared_once_and_only_if_there_is_one(tmp_path):
     assert calls == [(2, 0), (3, 2)]
 
 
+@pytest.mark.parametrize("damage", ["cut", "word", "long", "nul"])
+def test_a_damaged_line_is_named_and_left_alone(tmp_path, damage):
+    path = tmp_path / "r.csv"
+    whole = dict.fromkeys(COLUMNS, "1")
+    runner.Results(path, COLUMNS, KEY, NUMBERS).append([whole, whole])
+    lines = path.read_text().splitlines()
+    ways = {"cut": "a,b", "word": lines[2].replace(",1,", ",9x9,"), "long": lines[2] + ",1", "nul": "\0" * 9}
+    lines[2] = ways[damage]
+        damage
+    ]
+    path.write_text("\n".join(lines) + "\n")
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match=rf"line 3 of .*{path.name} is damaged"):
+        runner.Results(path, COLUMNS, KEY, NUMBERS).append([whole | {"seed": "2"}])
+    assert path.read_bytes() == before
+
+
+def test_a_file_without_its_last_newline_is_added_to(tmp_path):
+    results = runner.Results(tmp_path / "r.csv", COLUMNS, KEY)
+    results.append([dict.fromkeys(COLUMNS, "1")])
+    results.path.write_text(results.path.read_text().rstrip("\n"))
+    results.append([dict.fromkeys(COLUMNS, "2")])
+    assert [row["value"] for row in results.read()] == ["1", "2"]
+
+
 def test_a_file_of_other_columns_is_refused_and_left_alone(tmp_path):
     path = tmp_path / "r.csv"
     path.write_text("a,b\n1,2\n")
@@ -402,6 +465,62 @@ def test_a_failing_trial_ends_the_run_with_its_error(jobs):
 
 def fail(trial, progress):
     return [{"value": trial / 0}]
+
+
+def fail_or_wait(trial, progress):
+    """The first trial fails once all have begun; the others would take an hour."""
+    Path(trial).touch()
+    if trial.endswith("fails"):
+        while len(list(Path(trial).parent.iterdir())) < 2:
+            time.sleep(0.01)
+        raise ZeroDivisionError
+    time.sleep(3600)
+
+
+def test_a_failing_trial_does_not_wait_for_those_beside_it(tmp_path):
+    trials = [str(tmp_path / name) for name in ("fails", "waits")]
+    with pytest.raises(ZeroDivisionError):
+        runner.run(fail_or_wait, trials, lambda trial: 1, jobs=2)
+    assert not multiprocessing.active_children()
+
+
+PARENT = """
+import sys, time
+from benchmarks import runner
+
+def wait(trial, progress):
+    import os, pathlib
+    pathlib.Path(trial).write_text(str(os.getpid()))
+    time.sleep(3600)
+
+if __name__ == "__main__":
+    runner.run(wait, sys.argv[1:], lambda trial: 1, jobs=2)
+"""
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+def test_a_killed_command_leaves_no_process_behind(tmp_path, how):
+    script, files = tmp_path / "parent.py", [tmp_path / "a", tmp_path / "b"]
+    script.write_text(PARENT)
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    command = [sys.executable, str(script), *map(str, files)]
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
+    while not all(file.exists() and file.read_text() for file in files):
+        assert process.poll() is None, "ended before it could be killed"
+        time.sleep(0.05)
+    process.send_signal(how)
+    process.wait()
+    for worker in (int(file.read_text()) for file in files):
+        while _is_running(worker):
+            time.sleep(0.05)  # for ever, if it is left behind
+
+
+def _is_running(process):
+    try:
+        os.kill(process, 0)
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (ProcessLookupError, FileNotFoundError):
+        return False
 
 
 def test_a_killed_benchmark_continues_where_it_stopped(tmp_path):
@@ -446,11 +565,18 @@ def test_a_killed_benchmark_continues_where_it_stopped(tmp_path):
         (["--told", "0.9,1"], "both excluded"),
         (["--quick", "--full"], "not allowed with"),
         (["--tasks", "language", "--methods", "sgd"], "no setting for the base"),
+        (["--tasks", ""], "names none"),
+        (["--share", "0"], "above 0"),
+        (["--share", "nan"], "above 0"),
+        (["--device", "cuda:0"], "invalid choice"),
+        (["--methods", "sgd,sgd+target", "--options", "foo=1"], "'foo'"),
+        (["--methods", "sgd,sgd+target", "--options", "end=7"], "end"),
+        (["--methods", "sgd,sgd+target", "--options", "foo"], "name=value"),
+        (["--output", __file__], "exists"),
     ],
 )
-def test_bad_arguments_say_what_is_wrong(arguments, said, capsys):
-    import re
-
+def test_bad_arguments_say_what_is_wrong(arguments, said, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as stopped:
         suites.main("vision", arguments)
     assert stopped.value.code == 2
