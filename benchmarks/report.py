@@ -275,8 +275,8 @@ def section(rows: Rows, task: str) -> str:
     said = [
         f"Data: {kind.data}. {_steps(rows, kind)} steps. {unit[0].upper() + unit[1:]}; mean ± sample standard "
         f"deviation over {_seeds(rows, task)} on the test split, dense value in parentheses, then the strength "
-        f"(or rho) that the validation split chose at that sparsity. Gradients, seconds and sharpness (largest "
-        f"eigenvalue of the loss's Hessian) are means over the row.",
+        f"(or rho) that the validation split chose at that sparsity. Gradients, seconds and sharpness (the "
+        f"eigenvalue of largest magnitude of the loss's Hessian) are means over the row.",
         table(rows, task),
         f"Only strengths, and results, whose dense value is within {kind.tolerance:g} of the baseline's:",
         table(rows, task, careful=True),

@@ -430,8 +430,6 @@ def test_a_damaged_line_is_named_and_left_alone(tmp_path, damage):
     lines = path.read_text().splitlines()
     ways = {"cut": "a,b", "word": lines[2].replace(",1,", ",9x9,"), "long": lines[2] + ",1", "nul": "\0" * 9}
     lines[2] = ways[damage]
-        damage
-    ]
     path.write_text("\n".join(lines) + "\n")
     before = path.read_bytes()
     with pytest.raises(ValueError, match=rf"line 3 of .*{path.name} is damaged"):
