@@ -19,6 +19,7 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
+from benchmarks import arguments
 from benchmarks.tasks import digits, epochs
 from wcr_optim import WCR, param_groups
 from wcr_optim.files import written_whole
@@ -33,8 +34,8 @@ EVERY = 20
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the experiment; see ``--help``."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks convergence", description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=4000, help="(default: 4000)")
-    parser.add_argument("--seeds", type=int, default=3, help="(default: 3)")
+    parser.add_argument("--steps", type=arguments.count, default=4000, help="(default: 4000)")
+    parser.add_argument("--seeds", type=arguments.count, default=3, help="(default: 3)")
     parser.add_argument("--output", type=Path, default=Path("docs/results"), help="(default: docs/results)")
     parser.add_argument("--images", type=Path, default=Path("docs/images"), help="(default: docs/images)")
     o = parser.parse_args(argv)

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch.nn.functional import cross_entropy
 
-from benchmarks import runner
+from benchmarks import arguments, runner
 from benchmarks.methods import SHARPNESS, Method
 from benchmarks.tasks import SPARSITIES, digits
 from wcr_optim import plots, pruning
@@ -73,7 +73,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks demo", description=__doc__.splitlines()[0])
-    parser.add_argument("--methods", default="sgd", help=f"comma-separated, of {','.join(OPTIMIZERS)} (default: sgd)")
+    parser.add_argument(
+        "--methods",
+        type=arguments.some_of(OPTIMIZERS),
+        default=["sgd"],
+        help=f"comma-separated, of {','.join(OPTIMIZERS)} (default: sgd)",
+    )
     parser.add_argument(
         "--wcr",
         choices=("both", "with", "without"),
@@ -81,23 +86,20 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="each base with weight concentration, without it, or both (default: both)",
     )
     parser.add_argument(
-        "--forms", default=",".join(FORMS), help=f"of weight concentration (default: {','.join(FORMS)})"
+        "--forms",
+        type=arguments.some_of(FORMS),
+        default=list(FORMS),
+        help=f"of weight concentration (default: {','.join(FORMS)})",
     )
-    parser.add_argument("--strength", type=float, help="of weight concentration (default: chosen on validation)")
-    parser.add_argument("--seeds", type=int, default=3, help="runs of each method (default: 3)")
-    parser.add_argument("--epochs", type=int, default=40, help="(default: 40)")
+    parser.add_argument(
+        "--strength", type=arguments.number, help="of weight concentration (default: chosen on validation)"
+    )
+    parser.add_argument("--seeds", type=arguments.count, default=3, help="runs of each method (default: 3)")
+    parser.add_argument("--epochs", type=arguments.count, default=40, help="(default: 40)")
     parser.add_argument("--split", choices=("test", "validation"), default="test", help="images to measure accuracy on")
-    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one core each (default: 2)")
+    parser.add_argument("--jobs", type=arguments.count, default=2, help="runs at a time, one core each (default: 2)")
     parser.add_argument("--output", default="results", help="folder of demo.png and demo.csv (default: results)")
-    options = parser.parse_args(argv)
-    for name in ("seeds", "epochs", "jobs"):
-        if getattr(options, name) < 1:
-            parser.error(f"--{name} must be at least 1, got {getattr(options, name)}")
-    for name, known in (("methods", OPTIMIZERS), ("forms", FORMS)):
-        unknown = [entry for entry in getattr(options, name).split(",") if entry not in known]
-        if unknown:
-            parser.error(f"--{name}: unknown {unknown[0]!r}; choose of {', '.join(known)}")
-    return options
+    return parser.parse_args(argv)
 
 
 def _methods(options: argparse.Namespace) -> list[Method]:
@@ -105,10 +107,10 @@ def _methods(options: argparse.Namespace) -> list[Method]:
     if options.wcr != "with":
         forms.append(None)
     if options.wcr != "without":
-        forms += options.forms.split(",")
+        forms += options.forms
     return [
         Method("sgd", name, form) if name in SHARPNESS else Method(name, penalty=form)
-        for name, form in itertools.product(options.methods.split(","), forms)
+        for name, form in itertools.product(options.methods, forms)
     ]
 
 

@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from benchmarks import arguments
 from wcr_optim import pruning
 from wcr_optim.metrics import aligned
 from wcr_optim.pruning.inference import to_csr, to_semi_structured
@@ -86,17 +87,22 @@ def _seconds(run: Callable[[], Tensor], calls: int) -> float:
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks inference", description=__doc__)
-    parser.add_argument("--width", type=int, default=1024, help="features of every layer (default: 1024)")
-    parser.add_argument("--layers", type=int, default=4, help="number of layers (default: 4)")
-    parser.add_argument("--sparsities", type=float, nargs="+", default=[0.5, 0.8, 0.9, 0.95, 0.98, 0.99])
+    parser.add_argument("--width", type=arguments.count, default=1024, help="features of every layer (default: 1024)")
+    parser.add_argument("--layers", type=arguments.count, default=4, help="number of layers (default: 4)")
+    parser.add_argument("--sparsities", type=arguments.sparsity, nargs="+", default=[0.5, 0.8, 0.9, 0.95, 0.98, 0.99])
     parser.add_argument(
-        "--batches", type=int, nargs="+", default=[1, 16, 128], help="rows of input (default: 1 16 128)"
+        "--batches", type=arguments.count, nargs="+", default=[1, 16, 128], help="rows of input (default: 1 16 128)"
     )
-    parser.add_argument("--rounds", type=int, default=15, help="measurements of each pair (default: 15)")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="(default: torch's choice)")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
+    parser.add_argument("--rounds", type=arguments.count, default=15, help="measurements of each pair (default: 15)")
+    parser.add_argument(
+        "--threads", type=arguments.count, default=torch.get_num_threads(), help="(default: torch's choice)"
+    )
+    parser.add_argument("--device", type=arguments.device, default="cpu", help="cpu or cuda (default: cpu)")
     parser.add_argument("--dtype", choices=["float32", "float64", "float16", "bfloat16"], default="float32")
-    return parser.parse_args(argv)
+    options = parser.parse_args(argv)
+    if options.device == "cpu" and options.dtype in ("float16", "bfloat16"):
+        parser.error(f"--dtype {options.dtype} needs --device cuda: on a CPU torch multiplies no sparse matrices of it")
+    return options
 
 
 if __name__ == "__main__":

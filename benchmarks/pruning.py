@@ -24,9 +24,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks import arguments
 from wcr_optim import pruning
 
 MIB = 2**20
+MOST_MIB = 256  # of float32 weights: more cannot all be made distinct in magnitude here
 LAYERS = 12
 PIECE = 2**14  # weights made at a time, so that nothing but the weights is left when the measurement begins
 
@@ -69,15 +71,21 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks pruning", description=__doc__)
-    parser.add_argument("--mib", type=int, default=192, help="size of the weights (default: %(default)s)")
-    parser.add_argument("--sparsity", type=float, default=0.95, help="(default: %(default)s)")
-    parser.add_argument("--repeats", type=int, default=3, help="(default: %(default)s)")
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="(default: %(default)s)")
+    parser.add_argument("--mib", type=arguments.count, default=192, help="size of the weights (default: %(default)s)")
+    parser.add_argument("--sparsity", type=arguments.sparsity, default=0.95, help="(default: %(default)s)")
+    parser.add_argument("--repeats", type=arguments.count, default=3, help="(default: %(default)s)")
+    parser.add_argument("--threads", type=arguments.count, default=os.cpu_count(), help="(default: %(default)s)")
     parser.add_argument(
-        "--stream", type=float, default=1e9, help="weights of the streaming case, 0 to skip it (default: %(default)g)"
+        "--stream",
+        type=arguments.number,
+        default=1e9,
+        help="weights of the streaming case, 0 to skip it (default: %(default)g)",
     )
     parser.add_argument("--measure", choices=("torch", "wcr_optim", "stream"), help=argparse.SUPPRESS)
-    return parser.parse_args(argv)
+    options = parser.parse_args(argv)
+    if options.mib > MOST_MIB:
+        parser.error(f"--mib must be at most {MOST_MIB}, got {options.mib}: more weights cannot all be made distinct")
+    return options
 
 
 def _in_own_process(method: str, options: argparse.Namespace) -> dict[str, Any]:
@@ -123,8 +131,6 @@ def _distinct_model(per_layer: int) -> nn.Sequential:
         flat = layer.weight.detach().view(-1)
         for part in range(0, flat.numel(), PIECE):
             place = torch.arange(part, min(part + PIECE, flat.numel())) + index * flat.numel()
-            if place[-1] >= 2**26:
-                raise SystemExit("more than 256 MiB of float32 weights cannot all be made distinct here")
             bits = (first + place * 40_503_685 % 2**26).to(torch.int32)  # an odd factor permutes the residues
             flat[part : part + PIECE] = bits.view(torch.float32) * (1 - 2 * (place * 2_654_435_761 // 2**16 % 2))
         model.append(layer)

@@ -35,7 +35,7 @@ def test_demo_trains_prunes_prints_and_draws(few_images, tmp_path, capfd):
     [
         (["--methods", "sgd,adam"], "unknown 'adam'"),
         (["--forms", "l3"], "unknown 'l3'"),
-        (["--seeds", "0"], "--seeds must be at least 1, got 0"),
+        (["--seeds", "0"], "--seeds: must be at least 1, got 0"),
     ],
 )
 def test_bad_options_are_named(arguments, match, capsys):

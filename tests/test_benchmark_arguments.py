@@ -1,0 +1,49 @@
+"""What the measurements refuse to begin with, one line of `benchmarks COMMAND ...` each."""
+
+import pytest
+import torch
+
+from benchmarks import demo
+from benchmarks.__main__ import main as benchmarks
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("inference --rounds 0", "--rounds: must be at least 1, got 0"),
+        ("inference --threads 0", "--threads: must be at least 1, got 0"),
+        ("inference --layers 0", "--layers: must be at least 1, got 0"),
+        ("inference --width -1", "--width: must be at least 1, got -1"),
+        ("inference --batches 8 0", "--batches: must be at least 1, got 0"),
+        ("inference --sparsities 0.5 1.5", "--sparsities: must lie in [0, 1], got 1.5"),
+        ("inference --device tpu", "--device: unknown 'tpu'; choose of cpu, cuda"),
+        ("inference --device cuda", "--device: there is no CUDA device here; leave it out"),
+        ("inference --dtype float16", "--dtype float16 needs --device cuda"),
+        ("pruning --mib 0", "--mib: must be at least 1, got 0"),
+        ("pruning --mib 257", "--mib must be at most 256, got 257"),
+        ("pruning --repeats 0", "--repeats: must be at least 1, got 0"),
+        ("pruning --sparsity 2", "--sparsity: must lie in [0, 1], got 2"),
+        ("pruning --sparsity nan", "--sparsity: must lie in [0, 1], got nan"),
+        ("pruning --threads 0", "--threads: must be at least 1, got 0"),
+        ("pruning --stream -1", "--stream: must be finite and not negative, got -1"),
+        ("pruning --stream inf", "--stream: must be finite and not negative, got inf"),
+        ("convergence --steps -3", "--steps: must be at least 1, got -3"),
+        ("convergence --seeds 0", "--seeds: must be at least 1, got 0"),
+        ("demo --strength -1", "--strength: must be finite and not negative, got -1"),
+        ("demo --strength nan", "--strength: must be finite and not negative, got nan"),
+        ("demo --methods ,", "--methods: name at least one"),
+    ],
+)
+def test_bad_arguments_are_named_before_anything_is_done(line, said, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit) as stopped:
+        benchmarks(line.split())
+    assert stopped.value.code == 2
+    printed = capsys.readouterr()
+    assert said in printed.err
+    assert not printed.out
+
+
+def test_methods_and_forms_that_are_named_twice_run_once():
+    options = demo._parse(["--methods", "sgd,sam,sgd", "--forms", "wcr,wcr"])
+    assert [method.name for method in demo._methods(options)] == ["sgd", "sgd+wcr", "sgd+sam", "sgd+sam+wcr"]
