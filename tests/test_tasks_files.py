@@ -237,7 +237,40 @@ class TestMasks:
     def test_classes_that_training_never_saw_are_named(self, folder):
         self.paint(folder / "masks" / "train", 6, (0, 1, 2))
         self.paint(folder / "masks" / "test", 2, (0, 1, 7))
-        with pytest.raises(ValueError, match="masks of test have class 7, those of train only 0 to 2"):
+        with pytest.raises(ValueError, match=r"masks of test in .* have the value 7, those of train only 0, 1, 2$"):
+            masks.load()
+
+    @pytest.mark.usefixtures("small")
+    def test_a_third_value_beside_two_of_training_is_named(self, folder):
+        self.paint(folder / "masks" / "train", 6, (0, 1))
+        self.paint(folder / "masks" / "test", 2, (0, 1, 2))
+        with pytest.raises(ValueError, match=r"masks of test in .* have the value 2, those of train only 0, 1$"):
+            masks.load()
+
+    @pytest.mark.usefixtures("small")
+    def test_masks_of_one_class_are_refused(self, folder):
+        self.paint(folder / "masks" / "train", 6, (0,))
+        with pytest.raises(ValueError, match=r"masks of train in .* are 0 all over; they need background and fore"):
+            masks.load()
+        for values in ((7, 9), (0, 1, 2)):
+            self.paint(folder / "masks" / "train", 6, values)
+            self.paint(folder / "masks" / "val", 2, values[:1])
+            with pytest.raises(ValueError, match=f"validation in .* are {values[0]} all over, .* a folder validation/"):
+                masks.load()
+
+    @pytest.mark.usefixtures("small")
+    def test_folders_that_would_not_be_read_are_named(self, folder):
+        self.paint(folder / "masks" / "train", 6)
+        self.paint(folder / "masks" / "tets", 2)
+        (folder / "masks" / ".git").mkdir()
+        with pytest.raises(ValueError, match=r"not read: tets; call them one of train, validation, .*, test, or"):
+            masks.load()
+        (folder / "masks" / "tets").rename(folder / "masks" / "test")
+        (folder / "masks" / "test" / "images").rename(folder / "masks" / "test" / "image")
+        with pytest.raises(ValueError, match=r"test needs a mask for each image, .*: 2 names are in only one of them"):
+            masks.load()
+        self.paint(folder / "masks", 6)
+        with pytest.raises(ValueError, match="not read: test, train; call them one of images, masks, or"):
             masks.load()
 
 

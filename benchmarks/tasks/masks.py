@@ -45,38 +45,66 @@ def load() -> Masks:
     """Load all images and masks into memory.
 
     Raises:
-        ValueError: If an image has no mask or the other way round, if a mask has another size than its image, or if a
-            class of validation or test is none of those of training.
+        ValueError: If an image has no mask or the other way round, if a mask has another size than its image, if the
+            training masks are all of one class, if a class of validation or test is none of those of training, if the
+            masks of a split are all background, or if there are folders beside those that are read.
 
     """
     path = hub.local(NAME)
     rows = hub.load(NAME) if path is None or not _folders(path) else _paired(path)
-    values = sorted({int(v) for mask in rows["train"]["mask"] for v in np.unique(np.array(mask.convert("L")))})
-    two = len(values) == 2
+    for column in ("image", "mask"):
+        hub.column(rows["train"], column)
     splits = {}
     for name, part in rows.items():
         pairs = [_tensors(image, mask) for image, mask in zip(part["image"], part["mask"], strict=True)]
         images, masks = (torch.stack(list(side)) for side in zip(*pairs, strict=True))
-        if two:
-            masks = (masks > values[0]).long()
         splits[name] = Split(images, masks)
-    classes = 2 if two else values[-1] + 1
+    values = splits["train"].labels.unique().tolist()
+    if len(values) < 2:
+        raise ValueError(f"masks of train in {path} are {values[0]} all over; they need background and foreground")
+    two = len(values) == 2
+    background = values[0] if two else 0
     for name, split in splits.items():
-        if split.labels.max() >= classes:
+        found = split.labels.unique().tolist()
+        unknown = [value for value in found if value not in values]
+        if unknown:
+            told = ", ".join(map(str, values))
+            raise ValueError(f"masks of {name} in {path} have the value {unknown[0]}, those of train only {told}")
+        if found == [background]:
             raise ValueError(
-                f"masks of {name} have class {int(split.labels.max())}, those of train only 0 to {classes - 1}"
+                f"masks of {name} in {path} are {background} all over, and Dice would be NaN; put some with "
+                f"foreground into a folder {name}/ beside train/"
             )
+    if two:
+        splits = {name: Split(split.images, (split.labels > background).long()) for name, split in splits.items()}
+    classes = 2 if two else values[-1] + 1
     train = splits["train"].images
     mean, deviation = train.mean((0, 2, 3), keepdim=True), train.std((0, 2, 3), keepdim=True).clamp_min(1e-3)
     return Masks({n: Split((s.images - mean) / deviation, s.labels) for n, s in splits.items()}, classes)
 
 
 def _folders(path: Path) -> list[tuple[str, Path]]:
-    """Return the splits that a folder holds as images and masks, and where."""
-    if (path / "images").is_dir() and (path / "masks").is_dir():
-        return [("train", path)]
-    names = ("train", *(name for names in hub.SPLITS.values() for name in names))
-    return [(name, path / name) for name in names if (path / name / "images").is_dir()]
+    """Return the splits that a folder holds as images and masks, and where.
+
+    Raises:
+        ValueError: If there are other folders beside them.
+
+    """
+    here = sorted(entry.name for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    names: tuple[str, ...] = ("images", "masks")
+    found = [("train", path)]
+    if not set(names) <= set(here):
+        names = ("train", *(name for names in hub.SPLITS.values() for name in names))
+        found = [(name, path / name) for name in names if name in here]
+        if not any((folder / "images").is_dir() for _, folder in found):
+            return []
+    others = [name for name in here if name not in names]
+    if others:
+        raise ValueError(
+            f"{path} has folders that are not read: {', '.join(others)}; call them one of {', '.join(names)}, or move "
+            "them away"
+        )
+    return found
 
 
 def _paired(path: Path) -> DatasetDict:
