@@ -379,6 +379,26 @@ class TestInstructions:
         assert {split: len(part) for split, part in found.items()} == {"train": 36, "validation": 4, "test": 7}
         assert [example.right for example in found["test"]] == [0, 1, 2, 0, 1, 2, 0]
 
+    def test_zero_is_an_answer(self, folder):
+        lines(folder / "instructions" / "train.jsonl", [{"instruction": "2 - 2?", "input": 0, "output": 0}] * 30)
+        (found,) = set(instructions.load("instructions")["train"])
+        assert found == instructions.Example("Instruction: 2 - 2?\nInput: 0\nAnswer:", (" 0",))
+
+    @pytest.mark.parametrize(
+        ("wrong", "said"),
+        [
+            ({"choices": ["red", "green"]}, r"choices must be label and text, .*, got \['red', 'green'\]"),
+            ({"answerKey": "E"}, r"answerKey must be one of the labels \['A', 'B', 'C'\], got 'E'"),
+            ({"choices": {"label": ["A"], "text": ["red", "green"]}}, "choices must have as many labels as texts"),
+        ],
+    )
+    def test_rows_that_cannot_be_laid_out_are_named(self, wrong, said, folder):
+        rows = [{"question": "0: ?", "choices": None, "answerKey": ""}] + [row | wrong for row in questions(1)]
+        for split in ("train", "validation", "test"):
+            lines(folder / "commonsense" / f"{split}.jsonl", rows)
+        with pytest.raises(ValueError, match=f"commonsense train: row 1, '0: what is red.': {said}"):
+            instructions.load("commonsense")
+
     def test_a_tied_output_layer_needs_no_exclusion(self, model):
         config = LlamaConfig.from_pretrained(model)
         config.tie_word_embeddings = True

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -57,15 +57,31 @@ class Encoded(NamedTuple):
 
 def instruction(row: Mapping[str, Any]) -> Example:
     """Lay out a row of instruction, input and output."""
-    given = f"\nInput: {row['input']}" if row.get("input") else ""
+    given = f"\nInput: {row['input']}" if _is_there(row.get("input")) else ""
     return Example(f"Instruction: {row['instruction']}{given}\nAnswer:", (f" {row['output']}",))
 
 
 def question(row: Mapping[str, Any]) -> Example:
-    """Lay out a row of question, choices and answerKey."""
-    labels, texts = row["choices"]["label"], row["choices"]["text"]
+    """Lay out a row of question, choices and answerKey.
+
+    Raises:
+        ValueError: If choices are no lists label and text of one length, or answerKey is none of the labels.
+
+    """
+    choices, key = row["choices"], row["answerKey"]
+    if not isinstance(choices, Mapping) or not {"label", "text"} <= choices.keys():
+        raise ValueError(f"choices must be label and text, a list each, as in CommonsenseQA, got {choices!r}")
+    labels, texts = choices["label"], choices["text"]
+    if len(labels) != len(texts):
+        raise ValueError(f"choices must have as many labels as texts, got {labels!r} and {texts!r}")
+    if key not in labels:
+        raise ValueError(f"answerKey must be one of the labels {labels!r}, got {key!r}")
     answers = tuple(f" {text}" for text in texts)
-    return Example(f"Question: {row['question']}\nAnswer:", answers, labels.index(row["answerKey"]))
+    return Example(f"Question: {row['question']}\nAnswer:", answers, labels.index(key))
+
+
+def _is_there(value: object) -> bool:
+    return value is not None and value != ""  # 0 is an answer, too
 
 
 LAYOUTS: dict[str, tuple[Callable[[Mapping[str, Any]], Example], tuple[str, ...]]] = {
@@ -78,22 +94,37 @@ def load(name: str) -> dict[str, list[Example]]:
     """Load the examples of each split; rows without an answer are left out.
 
     Raises:
-        ValueError: If a column is missing, or a split has no answers.
+        ValueError: If a column is missing, a split has no answers, or a row is not as it should be.
 
     """
     layout, columns = LAYOUTS[name]
     found = hub.load(name, SOURCES[name])
     for column in columns:
         hub.column(found["train"], column)
-    answered = {split: [row for row in rows if row[columns[-1]]] for split, rows in found.items()}
+    answered = _answered(found, columns[-1])
     if not answered["test"]:
         # CommonsenseQA keeps its test answers to itself: what it calls validation is the test then.
         found = hub.with_all_splits({"train": found["train"], "test": found["validation"]}, name)
-        answered = {split: [row for row in rows if row[columns[-1]]] for split, rows in found.items()}
+        answered = _answered(found, columns[-1])
     empty = [split for split, rows in answered.items() if not rows]
     if empty:
         raise ValueError(f"{name}: no row of {', '.join(empty)} has an answer in the column {columns[-1]}")
-    return {split: [layout(row) for row in rows] for split, rows in answered.items()}
+    examples: dict[str, list[Example]] = {}
+    for split, rows in answered.items():
+        examples[split] = []
+        for place, row in rows.items():
+            try:
+                examples[split].append(layout(row))
+            except ValueError as error:
+                raise ValueError(f"{name} {split}: row {place}, {str(row[columns[0]])[:60]!r}: {error}") from error
+    return examples
+
+
+def _answered(found: Mapping[str, Iterable[Mapping[str, Any]]], column: str) -> dict[str, dict[int, Mapping[str, Any]]]:
+    """Return the rows that have something in a column, by split and place."""
+    return {
+        split: {place: row for place, row in enumerate(rows) if _is_there(row[column])} for split, rows in found.items()
+    }
 
 
 def source() -> str:
