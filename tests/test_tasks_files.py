@@ -143,6 +143,36 @@ class TestImages:
         with pytest.raises(ValueError, match=r"labels of cifar10 test must lie in \[0, 1\] as in train, got \[0, 2\]"):
             images.load(images.SOURCES[0])
 
+    def labelled(self, folder, split, labels, pictures=None):
+        pictures = pictures or [Image.fromarray(noise(32, 32, 3)) for _ in labels]
+        data = datasets.Dataset.from_dict({"img": pictures, "label": labels})
+        if not isinstance(pictures[0], str):
+            data = data.cast_column("img", datasets.Image())
+        (folder / "cifar10").mkdir(exist_ok=True)
+        data.to_parquet(str(folder / "cifar10" / f"{split}.parquet"))
+
+    def test_labels_of_text_are_classes_in_the_order_of_the_alphabet(self, folder):
+        self.labelled(folder, "train", ["dog", "cat"] * 5)
+        self.labelled(folder, "validation", ["cat"])
+        self.labelled(folder, "test", ["dog", "cat"])
+        found = images.load(images.SOURCES[0])
+        assert found.classes == 2
+        assert found.splits["train"].labels.tolist() == [1, 0] * 5
+        assert found.splits["test"].labels.tolist() == [1, 0]
+        self.labelled(folder, "test", ["dog", "cow"])
+        with pytest.raises(ValueError, match=r"cifar10 test: row 1 has 'cow' in the column label, .* have cat, dog$"):
+            images.load(images.SOURCES[0])
+
+    def test_missing_labels_and_images_are_named(self, folder):
+        self.labelled(folder, "train", [0, 1] * 10)
+        self.labelled(folder, "test", [0, None])
+        with pytest.raises(ValueError, match="cifar10 test: row 1 has None in the column label; make labels all whole"):
+            images.load(images.SOURCES[0])
+        self.labelled(folder, "test", [0, 1], ["a.png", "b.png"])
+        self.labelled(folder, "train", [0, 1] * 10, ["a.png"] * 20)
+        with pytest.raises(ValueError, match=r"cifar10 train: row 0 of the column img is 'a.png' and no image; for"):
+            images.load(images.SOURCES[0])
+
     @pytest.mark.parametrize("mirrored", [True, False])
     def test_shifts_are_those_of_a_loop(self, mirrored):
         pictures = torch.randint(1, 256, (6, 3, 16, 16), dtype=torch.uint8)

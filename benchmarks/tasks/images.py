@@ -7,10 +7,10 @@ recipe of the SAM literature: 200 epochs, batches of 128, images moved and mirro
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -68,19 +68,24 @@ class Images(NamedTuple):
 
 
 def load(source: Source) -> Images:
-    """Load all images of a data set into memory.
+    """Load all images of a data set into memory; labels that are text count in the order of the alphabet.
 
     Raises:
-        ValueError: If a label of validation or test is none of those of training.
+        ValueError: If an image is something else, if a label is missing, or if one of validation or test is none of
+            those of training.
 
     """
     rows = hub.load(source.name, source.hub, source.config)
     image = hub.column(rows["train"], "img", "image")
     label = hub.column(rows["train"], "label", "fine_label", "labels")
+    labels = _indices(source.name, label, {name: list(part[label]) for name, part in rows.items()})
     splits = {}
     for name, part in rows.items():
-        pictures = [_pixels(picture, source.side) for picture in part[image]]
-        splits[name] = Split(torch.stack(pictures), torch.tensor(part[label], dtype=torch.long))
+        pictures = [
+            _pixels(picture, source.side, f"{source.name} {name}: row {row} of the column {image}")
+            for row, picture in enumerate(part[image])
+        ]
+        splits[name] = Split(torch.stack(pictures), torch.tensor(labels[name], dtype=torch.long))
     train = splits["train"]
     classes = int(train.labels.max()) + 1
     for name, split in splits.items():
@@ -92,10 +97,37 @@ def load(source: Source) -> Images:
     return Images(splits, classes, mean.float().view(3, 1, 1), deviation.float().view(3, 1, 1))
 
 
-def _pixels(picture: object, side: int) -> Tensor:
+def _indices(name: str, column: str, labels: Mapping[str, list[Any]]) -> dict[str, list[int]]:
+    """Return the labels of each split as indices of classes."""
+    kind = str if isinstance(labels["train"][0], str) else int
+    for split, values in labels.items():
+        for row, value in enumerate(values):
+            if not isinstance(value, kind):
+                raise ValueError(
+                    f"{name} {split}: row {row} has {value!r} in the column {column}; make labels all whole numbers "
+                    "or all text, and leave out rows that have none"
+                )
+    if kind is int:
+        return dict(labels)
+    indices = {label: index for index, label in enumerate(sorted(set(labels["train"])))}
+    for split, values in labels.items():
+        for row, value in enumerate(values):
+            if value not in indices:
+                raise ValueError(
+                    f"{name} {split}: row {row} has {value!r} in the column {column}, which no row of train has; "
+                    f"those have {', '.join(indices)}"
+                )
+    return {split: [indices[value] for value in values] for split, values in labels.items()}
+
+
+def _pixels(picture: object, side: int, where: str) -> Tensor:
     from PIL import Image
 
-    assert isinstance(picture, Image.Image)
+    if not isinstance(picture, Image.Image):
+        raise ValueError(
+            f"{where} is {str(picture)[:60]!r} and no image; for paths of files use datasets' cast_column with "
+            "datasets.Image() and save_to_disk"
+        )
     picture = picture.convert("RGB")
     if picture.size != (side, side):
         picture = picture.resize((side, side), Image.Resampling.BILINEAR)
