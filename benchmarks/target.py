@@ -12,17 +12,14 @@ holds are skipped, so a killed command continues where it stopped.
 from __future__ import annotations
 
 import argparse
-import csv
-import io
+import inspect
 import itertools
 import statistics
 import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass
-from multiprocessing import get_context
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +27,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from benchmarks import tasks
+from benchmarks import arguments, runner, tasks
 from benchmarks.tasks import SPARSITIES, Task
 from wcr_optim import WCR, HoyerDecay, L1Decay, SparsityTarget, param_groups, pruning
 
@@ -47,6 +44,9 @@ FIXED: dict[str, Callable[[Optimizer, float], Optimizer]] = {
     "scale_free": lambda base, strength: WCR(base, strength, form="scale_free"),
     "relative": lambda base, strength: WCR(base, strength, form="relative"),
 }
+FORMS = ("l1", "hoyer", "inverse_variance", "scale_free", "per_unit", "relative")
+METHODS = (*FIXED, "target", *(f"target:{form}" for form in FORMS))
+OPTIONS = ("wd", *list(inspect.signature(SparsityTarget).parameters)[3:])  # beside optimizer, sparsity, total_steps
 # The lowest of ten strengths, each 10^(1/3) times the one before, chosen so that the best one lies inside.
 LOWEST = {
     ("digits", "sgd"): {"l1": 3e-5, "hoyer": 1e-4, "wcr": 3e-4, "scale_free": 1e-4, "relative": 1e-1},
@@ -76,18 +76,23 @@ class Trial:
         return tuple(str(value) for value in asdict(self).values())
 
 
-RESULTS = ("sparsity", "metric", "value", "tail", "last_strength", "steps", "seconds", "warned")
+KEY = tuple(field.name for field in fields(Trial))
+COLUMNS = (*KEY, "sparsity", "metric", "value", "tail", "last_strength", "steps", "seconds", "warned")
 
 
-def run_trial(trial: Trial) -> list[dict[str, Any]]:
+def steps_of(trial: Trial) -> int:
+    """Return how many optimizer steps a trial takes."""
+    return max(1, tasks.task(trial.task).steps // trial.batch_scale)
+
+
+def run_trial(trial: Trial, progress: Callable[[], None] = lambda: None) -> list[dict[str, Any]]:
     """Train, prune at every sparsity and measure; one row per sparsity."""
-    torch.set_num_threads(1)
     task = tasks.task(trial.task)
     network = task.model(trial.seed)
-    decay = dict(o.split("=") for o in trial.options.split(";") if o).get("wd", WEIGHT_DECAY[trial.optimizer])
-    groups = param_groups(network, weight_decay=float(decay), weight_concentration=0.0, exclude=task.exclude)
+    decay = _settings(trial.options).get("wd", WEIGHT_DECAY[trial.optimizer])
+    groups = param_groups(network, weight_decay=decay, weight_concentration=0.0, exclude=task.exclude)
     base = OPTIMIZERS[trial.optimizer](groups, trial.lr_scale)
-    optimizer, target, steps = base, None, task.steps // trial.batch_scale
+    optimizer, target, steps = base, None, steps_of(trial)
     if trial.method in FIXED:
         optimizer = FIXED[trial.method](base, trial.strength)
     else:
@@ -114,6 +119,7 @@ def run_trial(trial: Trial) -> list[dict[str, Any]]:
                 target.step(loss.detach())
             said = " ".join([said, *(str(w.message) for w in caught)]).strip()
         scheduler.step()
+        progress()
     seconds = time.perf_counter() - started
     network.eval()
     result = pruning.sweep(
@@ -140,7 +146,7 @@ def run_trial(trial: Trial) -> list[dict[str, Any]]:
 
 def _targeted(trial: Trial, base: Optimizer, steps: int) -> tuple[Optimizer, Any]:
     _, _, form = trial.method.partition(":")
-    options = {name: _value(value) for name, value in (o.split("=") for o in trial.options.split(";") if o)}
+    options = _settings(trial.options)
     options.pop("wd", None)
     if form == "l1":
         optimizer: Optimizer = L1Decay(base)
@@ -153,62 +159,30 @@ def _targeted(trial: Trial, base: Optimizer, steps: int) -> tuple[Optimizer, Any
     return optimizer, SparsityTarget(optimizer, trial.goal, steps, **options)
 
 
+def _settings(options: str) -> dict[str, Any]:
+    return {name: _value(value) for name, _, value in (o.partition("=") for o in options.split(";") if o)}
+
+
 def _value(text: str) -> Any:
-    try:
-        return float(text)
-    except ValueError:
-        return text
-
-
-def run(trials: Sequence[Trial], path: Path, jobs: int) -> None:
-    """Run those trials that the file does not hold yet, appending each as it ends."""
-    done = {row_key(row) for row in read(path)}
-    todo = [trial for trial in trials if trial.key not in done]
-    print(f"{len(trials) - len(todo)} of {len(trials)} runs are in {path} already", flush=True)
-    if jobs == 1:
-        for trial in todo:
-            _append(run_trial(trial), path)
-        return
-    with ProcessPoolExecutor(jobs, get_context("spawn")) as pool:
-        for future in as_completed([pool.submit(run_trial, trial) for trial in todo]):
-            _append(future.result(), path)
-
-
-def read(path: Path) -> list[dict[str, str]]:
-    """Read a CSV file of results, nothing if it does not exist."""
-    if not path.exists():
-        return []
-    with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
-
-
-def row_key(row: dict[str, str]) -> tuple[str, ...]:
-    """Return the key of the trial that a row belongs to."""
-    return tuple(row[name] for name in Trial.__dataclass_fields__)
-
-
-def _append(rows: list[dict[str, Any]], path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, [*Trial.__dataclass_fields__, *RESULTS])
-    if not path.exists():
-        writer.writeheader()
-    writer.writerows(rows)
-    with path.open("a", newline="", encoding="utf-8") as file:
-        file.write(text.getvalue())  # at once, so that commands side by side can share the file
-    first = rows[0]
-    values = " ".join(f"{row['value']:.2f}" for row in rows)
-    print(
-        f"{first['task']} {first['optimizer']} {first['method']} {first['strength']:g} goal {first['goal']:g} "
-        f"{first['options']} seed {first['seed']} lr x{first['lr_scale']:g} batch x{first['batch_scale']}: {values} "
-        f"tail {first['tail']} strength {first['last_strength']} {first['seconds']} s {first['warned'][:60]}",
-        flush=True,
-    )
+    for kind in (int, float):  # numbers of steps have to be whole
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
 
 
 def grid(task: str, optimizer: str, method: str) -> list[float]:
-    """Ten strengths over three decades."""
-    lowest = LOWEST[task.partition("_")[0], optimizer][method]
+    """Ten strengths over three decades.
+
+    Raises:
+        ValueError: If there are none for that task and optimizer.
+
+    """
+    known = LOWEST.get((task.partition("_")[0], optimizer))
+    if known is None:
+        raise ValueError(f"there is no grid of strengths for {task} with {optimizer}; name them with --strengths")
+    lowest = known[method]
     return [float(f"{lowest * 10 ** (k / 3):.3g}") for k in range(10)]
 
 
@@ -229,9 +203,8 @@ def chosen(rows: Sequence[dict[str, str]], task: str, optimizer: str, method: st
     return best(values, key=lambda strength: tuple(statistics.mean(values[strength][at]) for at in (goal, 0.0)))
 
 
-def _tested(o: argparse.Namespace) -> Iterator[Trial]:
+def _tested(o: argparse.Namespace, rows: Sequence[dict[str, str]]) -> Iterator[Trial]:
     """Yield the runs on the test split: strengths chosen on validation, once per sparsity, and SparsityTarget."""
-    rows = read(o.output)
     for seed, task, optimizer, method in itertools.product(o.seeds, o.task, o.optimizer, o.method):
         goals = o.goals or tasks.task(task).goals
         common: dict[str, Any] = {"seed": seed, "split": "test"}
@@ -293,8 +266,8 @@ def _trials(o: argparse.Namespace) -> Iterator[Trial]:
         elif method == "none":
             settings = [{}]
         else:
-            strengths = grid(task, optimizer, method) if o.strengths == "grid" else o.strengths.split(",")
-            settings = [{"strength": float(strength)} for strength in strengths]
+            strengths = grid(task, optimizer, method) if o.strengths == "grid" else o.strengths
+            settings = [{"strength": strength} for strength in strengths]
         for setting, lr, batch in itertools.product(settings, o.lr_scale, o.batch_scale):
             yield Trial(task, optimizer, method, seed=seed, split=o.split, lr_scale=lr, batch_scale=batch, **setting)
 
@@ -341,32 +314,68 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the measurement; see ``--help``."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks target", description=__doc__.splitlines()[0])
     parser.add_argument("what", choices=("train", "test", "report", "cost"))
-    parser.add_argument("--task", type=lambda t: t.split(","), default=["digits_mlp"], help=",".join(tasks.names()))
-    parser.add_argument("--optimizer", type=lambda t: t.split(","), default=["sgd"], help=",".join(OPTIMIZERS))
-    parser.add_argument("--method", type=lambda t: t.split(","), default=["target"])
-    parser.add_argument("--strengths", default="grid", help="'grid' or numbers (default: grid)")
-    parser.add_argument("--goals", type=_numbers, help="sparsities (default: the task's)")
-    parser.add_argument("--options", nargs="*", default=[""], help="of SparsityTarget, as name=value;name=value")
-    parser.add_argument("--seeds", type=lambda t: [int(x) for x in t.split(",")], default=[0])
-    parser.add_argument("--lr-scale", type=_numbers, default=[1.0])
-    parser.add_argument("--batch-scale", type=lambda t: [int(x) for x in t.split(",")], default=[1])
+    parser.add_argument("--task", type=arguments.names, default=["digits_mlp"], help="(default: digits_mlp)")
+    parser.add_argument("--optimizer", type=arguments.some_of(OPTIMIZERS), default=["sgd"], help=",".join(OPTIMIZERS))
+    parser.add_argument("--method", type=arguments.some_of(METHODS), default=["target"], help=",".join(METHODS))
+    parser.add_argument("--strengths", type=strengths, default="grid", help="'grid' or numbers (default: grid)")
+    parser.add_argument("--goals", type=arguments.listed(goal), help="sparsities (default: the task's)")
+    parser.add_argument(
+        "--options", type=options, nargs="+", default=[""], help="of SparsityTarget, as name=value;name=value"
+    )
+    parser.add_argument("--seeds", type=arguments.listed(int), default=[0])
+    parser.add_argument("--lr-scale", type=arguments.listed(arguments.number), default=[1.0])
+    parser.add_argument("--batch-scale", type=arguments.listed(arguments.count), default=[1])
     parser.add_argument("--split", choices=("validation", "test"), default="validation")
-    parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--jobs", type=arguments.count, default=1)
     parser.add_argument("--output", type=Path, default=Path("docs/results/target.csv"))
-    options = parser.parse_args(argv)
-    if options.what == "cost":
+    o = parser.parse_args(argv)
+    if o.what == "cost":
         print(cost())
         return 0
-    if options.what == "report":
-        print(report(read(options.output)))
-        return 0
-    trials = _trials(options) if options.what == "train" else _tested(options)
-    run(list(trials), options.output, options.jobs)
+    results = runner.Results(o.output, COLUMNS, KEY)
+    try:
+        rows = results.read()
+        if o.what == "report":
+            text = report(rows)
+            if not text:
+                raise ValueError(f"{o.output} has no runs on the test split; `benchmarks target test` adds them")
+            print(text)
+            return 0
+        for task in o.task:
+            tasks.task(task)
+        trials = list(_trials(o) if o.what == "train" else _tested(o, rows))
+    except (ValueError, OSError, ImportError) as error:
+        parser.error(str(error))
+    runner.run_missing(run_trial, trials, steps_of, results, o.jobs)
     return 0
 
 
-def _numbers(text: str) -> list[float]:
-    return [float(x) for x in text.split(",")]
+def strengths(text: str) -> str | list[float]:
+    """Read the argument --strengths."""
+    return text if text == "grid" else arguments.listed(arguments.number)(text)
+
+
+def goal(text: str) -> float:
+    """Read an entry of --goals."""
+    if float(text) not in SPARSITIES[1:]:
+        known = ", ".join(f"{sparsity:g}" for sparsity in SPARSITIES[1:])
+        raise argparse.ArgumentTypeError(f"networks are pruned to {known}, got {text}")
+    return float(text)
+
+
+def options(text: str) -> str:
+    """Read an entry of --options, and try it here rather than in every run."""
+    settings = _settings(text)
+    for name, value in settings.items():
+        if name not in OPTIONS or value == "":
+            known = ", ".join(OPTIONS)
+            raise argparse.ArgumentTypeError(f"{text!r} is not name=value;name=value with names of {known}")
+    try:
+        groups = param_groups(nn.Linear(2, 2), weight_decay=settings.pop("wd", 0.0))
+        SparsityTarget(WCR(torch.optim.AdamW(groups), form="per_unit"), total_steps=10_000, **settings)
+    except (TypeError, ValueError) as error:
+        raise argparse.ArgumentTypeError(f"{text!r}: {error}") from error
+    return text
 
 
 if __name__ == "__main__":

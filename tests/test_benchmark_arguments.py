@@ -32,6 +32,28 @@ from benchmarks.__main__ import main as benchmarks
         ("demo --strength -1", "--strength: must be finite and not negative, got -1"),
         ("demo --strength nan", "--strength: must be finite and not negative, got nan"),
         ("demo --methods ,", "--methods: name at least one"),
+        ("target train --optimizer adam", "--optimizer: unknown 'adam'; choose of sgd, adamw"),
+        ("target train --method lone --strengths 0.1", "--method: unknown 'lone'; choose of none, l1"),
+        ("target train --method l1 --strengths 0.1,-1", "--strengths: must be finite and not negative, got -1"),
+        ("target train --jobs 0", "--jobs: must be at least 1, got 0"),
+        ("target train --batch-scale 1,0", "--batch-scale: must be at least 1, got 0"),
+        (
+            "target train --goals 0.93",
+            "--goals: networks are pruned to 0.5, 0.7, 0.8, 0.9, 0.95, 0.97, 0.98, 0.99, got",
+        ),
+        ("target train --options end", "--options: 'end' is not name=value;name=value with names of wd, tail_energy,"),
+        ("target train --options ende=1", "'ende=1' is not name=value;name=value with names of wd, tail_energy,"),
+        ("target train --options end=2", "--options: 'end=2': start and end are shares of the run"),
+        ("target train --options wd=-1", "--options: 'wd=-1': weight_decay must be a finite number of at least 0"),
+        ("target train --task digit", "there is no task 'digit'; choose one of"),
+        (
+            "target train --task textures --method l1",
+            "no grid of strengths for textures with sgd; name them with --str",
+        ),
+        (
+            "target report --output nothing.csv",
+            "nothing.csv has no runs on the test split; `benchmarks target test` adds",
+        ),
     ],
 )
 def test_bad_arguments_are_named_before_anything_is_done(line, said, capsys, monkeypatch):
