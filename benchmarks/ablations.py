@@ -11,12 +11,12 @@ from __future__ import annotations
 import argparse
 import functools
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from benchmarks import runner, tasks, tuning
-from benchmarks.methods import Method
-from benchmarks.report import filled
+from benchmarks import arguments, runner, tasks, tuning
+from benchmarks.methods import BASES, Method
+from benchmarks.report import cell, filled
 from benchmarks.trials import COLUMNS, KEY, Trial, prepare, run_trial, steps_of
 from wcr_optim.files import written_whole
 
@@ -60,16 +60,23 @@ VARIANTS: dict[str, list[tuple[str, str, str]]] = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the ablations; see ``--help``."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks ablations", description=__doc__.splitlines()[0])
-    parser.add_argument("--tasks", type=lambda t: t.split(","), default=["digits_cnn"], help="(default: digits_cnn)")
-    parser.add_argument("--base", default="sgd", help="sgd or adamw (default: sgd)")
-    parser.add_argument("--seeds", type=int, default=3, help="runs on the test split of each choice (default: 3)")
-    parser.add_argument("--strengths", type=int, default=7, help="of each search (default: 7)")
-    parser.add_argument("--steps", type=int, default=0, help="of a run (default: the task's)")
-    parser.add_argument("--jobs", type=int, default=2, help="runs at a time (default: 2)")
-    parser.add_argument("--device", default="cpu", help="(default: cpu)")
+    parser.add_argument("--tasks", type=arguments.names, default=["digits_cnn"], help="(default: digits_cnn)")
+    parser.add_argument("--base", choices=BASES, default="sgd", help="(default: sgd)")
+    parser.add_argument("--seeds", type=arguments.count, default=3, help="runs on the test split (default: 3)")
+    parser.add_argument("--strengths", type=arguments.count, default=7, help="of each search (default: 7)")
+    parser.add_argument("--steps", type=arguments.count, default=0, help="of a run; leaves --page alone (default: all)")
+    parser.add_argument("--jobs", type=arguments.count, default=2, help="runs at a time (default: 2)")
+    parser.add_argument("--device", type=arguments.device, default="cpu", help="cpu or cuda (default: cpu)")
     parser.add_argument("--output", type=Path, default=Path("docs/results"), help="folder (default: docs/results)")
     parser.add_argument("--page", type=Path, default=Path("docs/results.md"), help="page whose tables are renewed")
     o = parser.parse_args(argv)
+    try:
+        for task in o.tasks:
+            known = tasks.task(task).lr
+            if o.base not in known:
+                raise ValueError(f"task {task} has no setting for --base {o.base}; it has {', '.join(known)}")
+    except (ValueError, OSError, ImportError) as error:
+        parser.error(str(error))
     results = runner.Results(o.output / "ablations.csv", COLUMNS, KEY)
     work = functools.partial(_run, o.device)
     variants = list(dict.fromkeys((penalty, options) for rows in VARIANTS.values() for _, penalty, options in rows))
@@ -81,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             for strength, rho in tuning.grid(task, method, o.strengths):
                 plain.append(Trial(task, method, 0, strength, rho, options=options, steps=o.steps))
         runner.run_missing(work, plain, steps_of, results, o.jobs, ready)
-        rows = results.read()
+        rows = _of_length(results, o.steps)
         tested = [Trial(task, o.base, seed, split="test", steps=o.steps) for seed in range(o.seeds)]
         for penalty, options in variants:
             for goal in tasks.task(task).goals:
@@ -92,13 +99,18 @@ def main(argv: Sequence[str] | None = None) -> int:
                         for seed in range(o.seeds)
                     ]
         runner.run_missing(work, tested, steps_of, results, o.jobs, ready)
-        text = report(results.read(), task, o.base)
+        text = report(_of_length(results, o.steps), task, o.base)
         print(text)
-        if o.page.exists():
+        if o.page.exists() and not o.steps:
             page = filled(o.page.read_text(encoding="utf-8"), f"ablations {task}", text)
             with written_whole(o.page) as temporary:
                 temporary.write_text(page, encoding="utf-8")
     return 0
+
+
+def _of_length(results: runner.Results, steps: int) -> tuning.Rows:
+    """Return the rows of runs of one length: others would be averaged with them."""
+    return [row for row in results.read() if int(row["steps"]) == steps]
 
 
 def _run(device: str, trial: Trial, progress: Callable[[], None]) -> list[runner.Row]:
@@ -121,13 +133,14 @@ def report(rows: tuning.Rows, task: str, base: str) -> str:
 
 
 def _cell(rows: tuning.Rows, task: str, method: str, options: str, goal: float) -> str:
-    pair = tuning.chosen(rows, task, method, goal, options=options)
-    if pair is None:
+    own = [dict(row) | {"options": ""} for row in rows if (row["method"], row["options"]) == (method, options)]
+    found = cell(own, task, method, goal)
+    if found is None:
         return "–"
-    at, dense = (_values(rows, task, method, options, pair, sparsity, "global") for sparsity in (goal, 0.0))
-    if not at or not dense:
-        return "–"
-    return f"{_mean(at)} ({statistics.mean(dense):.1f}) at {pair[0]:g}"
+    if not found.values:
+        return f"diverged at {found.strength:g}"
+    failed = f", {found.failed} of {found.failed + len(found.values)} diverged" if found.failed else ""
+    return f"{_mean(found.values)} ({found.dense_mean:.1f}) at {found.strength:g}{failed}"
 
 
 def _mean(values: Sequence[float]) -> str:
@@ -135,33 +148,10 @@ def _mean(values: Sequence[float]) -> str:
     return f"{statistics.mean(values):.1f}{spread}"
 
 
-def _values(
-    rows: tuning.Rows, task: str, method: str, options: str, pair: tuple[float, float], sparsity: float, scope: str
-) -> list[float]:
-    kind = tasks.task(task)
-    recalibrated = str(kind.calibration is not None)
-    wanted: Mapping[str, str] = {
-        "task": task,
-        "method": method,
-        "options": options,
-        "split": "test",
-        "metric": kind.metric,
-        "scope": scope,
-        "recalibrated": recalibrated,
-    }
-    return [
-        float(row["value"])
-        for row in rows
-        if all(row[name] == value for name, value in wanted.items())
-        and (float(row["strength"]), float(row["rho"])) == pair
-        and float(row["sparsity"]) == sparsity
-    ]
-
-
 def _ways(rows: tuning.Rows, task: str, base: str) -> str:
     """Lay out the ways to prune of the strengths that are best at the middle of the wanted sparsities."""
     kind = tasks.task(task)
-    goal = kind.goals[len(kind.goals) // 2]
+    goal, recalibrated = kind.goals[len(kind.goals) // 2], str(kind.calibration is not None)
     ways = [("global", goal), ("layer", goal), ("2:4", 0.5), ("1:4", 0.75), ("1:8", 0.875), ("int8", goal)]
     names = {"global": "{:g} % global", "layer": "{:g} % per layer", "int8": "{:g} % global, int8"}
     head = "".join(f" {names.get(scope, scope + ' ({:g} %)').format(100 * at)} |" for scope, at in ways)
@@ -171,7 +161,25 @@ def _ways(rows: tuning.Rows, task: str, base: str) -> str:
         pair = tuning.chosen(rows, task, method, goal) if penalty else (0.0, 0.0)
         if pair is None:
             continue
-        found = [_values(rows, task, method, "", pair, at, scope) for scope, at in [("global", 0.0), *ways]]
+        tested = [
+            row
+            for row in rows
+            if (row["task"], row["method"], row["options"], row["split"]) == (task, method, "", "test")
+            and (float(row["strength"]), float(row["rho"])) == pair
+        ]
+        failed = {row["seed"] for row in tested if tuning.failed(row)}
+        found = [
+            [
+                float(row["value"])
+                for row in tested
+                if (row["metric"], row["scope"], row["recalibrated"]) == (kind.metric, scope, recalibrated)
+                and float(row["sparsity"]) == at
+                and row["seed"] not in failed
+            ]
+            for scope, at in [("global", 0.0), *ways]
+        ]
         label = Method.of(method).label
+        if failed:
+            label += f", {len(failed)} of {len({row['seed'] for row in tested})} diverged"
         lines.append(f"| {label} | " + " | ".join(_mean(values) if values else "–" for values in found) + " |")
     return "\n".join(lines)

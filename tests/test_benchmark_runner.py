@@ -1,6 +1,7 @@
 """The benchmarks' machinery: names of methods, searches and choices, files of results, variants, sharpness."""
 
 import csv
+import dataclasses
 import functools
 import itertools
 import multiprocessing
@@ -581,15 +582,44 @@ def test_bad_arguments_say_what_is_wrong(arguments, said, capsys, tmp_path, monk
     assert re.search(said, capsys.readouterr().err)
 
 
-def test_ablations_run_end_to_end(tmp_path, monkeypatch):
+def test_ablations_run_end_to_end_and_runs_of_other_lengths_do_not_count(tmp_path, monkeypatch, capsys):
     few = {"How": [("flow", "wcr", ""), ("late", "wcr", "from=0.5")]}
     monkeypatch.setattr(ablations, "VARIANTS", few)
+    short = dataclasses.replace(tasks.task("digits_mlp"), steps=6)
+    monkeypatch.setattr(tasks, "task", lambda name: short)
     page = tmp_path / "page.md"
-    page.write_text("<!-- table: ablations digits_mlp -->\n<!-- end -->\n")
-    arguments = ["--tasks", "digits_mlp", "--seeds", "1", "--strengths", "2", "--steps", "6", "--jobs", "1"]
-    assert ablations.main([*arguments, "--output", str(tmp_path), "--page", str(page)]) == 0
+    empty = "<!-- table: ablations digits_mlp -->\n<!-- end -->\n"
+    page.write_text(empty)
+    command = ["--tasks", "digits_mlp", "--seeds", "1", "--strengths", "2", "--jobs", "1", "--output", str(tmp_path)]
+    command += ["--page", str(page)]
+    assert ablations.main([*command, "--steps", "2"]) == 0
+    assert "| late | " in capsys.readouterr().out
+    assert page.read_text() == empty
+    assert ablations.main(command) == 0
     assert "| late | " in page.read_text()
     assert "| SGD + WCR | " in page.read_text()
+    results = runner.Results(tmp_path / "ablations.csv", COLUMNS, KEY)
+    full = [row for row in results.read() if row["steps"] == "0"]
+    assert len(full) < len(results.read())
+    assert page.read_text() == report.filled(empty, "ablations digits_mlp", ablations.report(full, "digits_mlp", "sgd"))
+
+
+def test_ablations_count_the_runs_that_diverged():
+    def tested(options, value, seed=0):
+        return [row | {"options": options} for row in rows_of("sgd+wcr", 1e-3, accuracies(97.0, value), seed, "test")]
+
+    rows = [
+        *rows_of("sgd+wcr", 1e-3, accuracies(97.0, 80.0)),
+        *rows_of("sgd+wcr", 1e-3, accuracies(97.0, 80.0), options="wd=0"),
+        *tested("", 80.0),
+        *tested("", 82.0, 1),
+        *diverged("sgd+wcr", 1e-3, 2, "test"),
+        *tested("wd=0", "nan"),
+    ]
+    text = ablations.report(rows, "digits_mlp", "sgd")
+    assert "| WCR with weight decay | 81.0 ± 1.4 (97.0) at 0.001, 1 of 3 diverged |" in text
+    assert "| WCR without | diverged at 0.001 |" in text
+    assert "| SGD + WCR, 1 of 3 diverged | 97.0 ± 0.0 | 81.0 ± 1.4 |" in text
 
 
 def test_convergence_runs_end_to_end(tmp_path, capsys):
