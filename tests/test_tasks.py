@@ -3,6 +3,7 @@
 import importlib
 import itertools
 import math
+import sys
 from functools import partial
 
 import numpy as np
@@ -12,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from benchmarks import tasks
+from benchmarks import suites, tasks
 from benchmarks.tasks import language, networks, segmentation, textures
 from benchmarks.tasks.digits import Split
 from wcr_optim.parameters import prunable_weights
@@ -81,6 +82,21 @@ class TestEveryTask:
             assert tasks.task(name).name == name
         with pytest.raises(ValueError, match="no task 'digit'; choose one of"):
             tasks.task("digit")
+
+    def test_a_missing_package_is_named_with_how_to_install_it(self, monkeypatch, capsys):
+        def needs_a_package():
+            importlib.import_module("no_such_package")
+
+        monkeypatch.setattr(tasks, "task", tasks.task.__wrapped__)  # what is cached is not loaded anew
+        monkeypatch.setitem(textures.TASKS, "textures", needs_a_package)
+        with pytest.raises(ImportError, match=r"'no_such_package'; install it with: pip install 'wcr_optim\[bench\]'"):
+            tasks.task("textures")
+        monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+        monkeypatch.delitem(sys.modules, "benchmarks.tasks.digits")
+        with pytest.raises(SystemExit):
+            suites.main("vision", ["--tasks", "digits_mlp"])
+        assert "sklearn.datasets" in (said := capsys.readouterr().err)
+        assert said.endswith("; install it with: pip install 'wcr_optim[bench]'\n")
 
 
 class TestNetworks:
@@ -309,6 +325,15 @@ class TestLanguage:
         assert not torch.equal(first.lm_head.weight, started.lm_head.weight)
         monkeypatch.setattr(language, "loss", None)  # a second training would fail
         assert_same(first.state_dict(), language.pretrained(0, tmp_path, TINY).state_dict())
+
+    @pytest.mark.parametrize("bad", [b"", b"nonsense", "half", "other"])
+    def test_a_network_that_cannot_be_read_is_named(self, bad, tmp_path):
+        path = tmp_path / f"language_tiny-{language.load().sha256[:12]}-6-0.pt"
+        torch.save({} if bad == "other" else language.model(TINY).state_dict(), path)
+        if bad != "other":
+            path.write_bytes(path.read_bytes()[:1000] if bad == "half" else bad)
+        with pytest.raises(ValueError, match=f"{path.name} cannot be read .*; delete it, and the network is trained"):
+            language.pretrained(0, tmp_path, TINY)
 
     def test_batches_are_windows_of_the_text(self):
         text = torch.arange(200, dtype=torch.uint8)

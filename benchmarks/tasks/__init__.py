@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -64,11 +65,28 @@ class Task:
 
 
 def names() -> dict[str, str]:
-    """Return the names of all tasks and the modules that they are in."""
+    """Return the names of all tasks and the modules that they are in.
+
+    Raises:
+        ImportError: If one of them needs a package that is not installed.
+
+    """
     found = {}
-    for module in pkgutil.iter_modules(__path__, f"{__name__}."):
-        found.update(dict.fromkeys(getattr(importlib.import_module(module.name), "TASKS", {}), module.name))
+    with _needed():
+        for module in pkgutil.iter_modules(__path__, f"{__name__}."):
+            found.update(dict.fromkeys(getattr(importlib.import_module(module.name), "TASKS", {}), module.name))
     return found
+
+
+@contextmanager
+def _needed() -> Iterator[None]:
+    """Say how to install a package that the block misses."""
+    try:
+        yield
+    except ModuleNotFoundError as missing:
+        if (missing.name or "").split(".")[0] in ("benchmarks", "wcr_optim"):
+            raise
+        raise ImportError(f"{missing}; install it with: pip install 'wcr_optim[bench]'") from missing
 
 
 @cache
@@ -77,12 +95,14 @@ def task(name: str) -> Task:
 
     Raises:
         ValueError: If there is no task of that name.
+        ImportError: If it needs a package that is not installed.
 
     """
     known = names()
     if name not in known:
         raise ValueError(f"there is no task {name!r}; choose one of {', '.join(known)}")
-    made: Task = importlib.import_module(known[name]).TASKS[name]()
+    with _needed():
+        made: Task = importlib.import_module(known[name]).TASKS[name]()
     return made
 
 

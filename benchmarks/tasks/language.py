@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+import pickle
 import sysconfig
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -157,12 +158,19 @@ def pretrained(seed: int, folder: Path, size: Size = SMALL) -> nn.Module:
     Returns:
         The network, on the CPU.
 
+    Raises:
+        ValueError: If what is in the folder cannot be read, such as a file that was cut short.
+
     """
     path = folder / f"{size.name}-{load().sha256[:12]}-{size.pretraining_steps}-{seed}.pt"
     torch.manual_seed(seed)
     network = model(size)
     if path.exists():
-        network.load_state_dict(torch.load(path, weights_only=True))
+        try:
+            network.load_state_dict(torch.load(path, weights_only=True))
+        except (RuntimeError, TypeError, EOFError, pickle.UnpicklingError) as error:
+            said = str(error).partition("\n")[0]
+            raise ValueError(f"{path} cannot be read ({said}); delete it, and the network is trained anew") from error
         return network
     device = "cuda" if torch.cuda.is_available() else "cpu"
     network.to(device)
