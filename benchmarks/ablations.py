@@ -17,7 +17,7 @@ from pathlib import Path
 from benchmarks import arguments, runner, tasks, tuning
 from benchmarks.methods import BASES, Method
 from benchmarks.report import cell, filled
-from benchmarks.trials import COLUMNS, KEY, Trial, prepare, run_trial, steps_of
+from benchmarks.trials import COLUMNS, KEY, NUMBERS, Trial, prepare, run_trial, steps_of
 from wcr_optim.files import written_whole
 
 VARIANTS: dict[str, list[tuple[str, str, str]]] = {
@@ -70,14 +70,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, default=Path("docs/results"), help="folder (default: docs/results)")
     parser.add_argument("--page", type=Path, default=Path("docs/results.md"), help="page whose tables are renewed")
     o = parser.parse_args(argv)
+    results = runner.Results(o.output / "ablations.csv", COLUMNS, KEY, NUMBERS)
     try:
         for task in o.tasks:
             known = tasks.task(task).lr
             if o.base not in known:
                 raise ValueError(f"task {task} has no setting for --base {o.base}; it has {', '.join(known)}")
+        results.read()
     except (ValueError, OSError, ImportError) as error:
         parser.error(str(error))
-    results = runner.Results(o.output / "ablations.csv", COLUMNS, KEY)
     work = functools.partial(_run, o.device)
     variants = list(dict.fromkeys((penalty, options) for rows in VARIANTS.values() for _, penalty, options in rows))
     for task in o.tasks:

@@ -78,6 +78,7 @@ class Trial:
 
 KEY = tuple(field.name for field in fields(Trial))
 COLUMNS = (*KEY, "sparsity", "metric", "value", "tail", "last_strength", "steps", "seconds", "warned")
+NUMBERS = ("strength", "goal", "seed", "lr_scale", "batch_scale", "sparsity", "value", "steps")
 
 
 def steps_of(trial: Trial) -> int:
@@ -332,7 +333,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if o.what == "cost":
         print(cost())
         return 0
-    results = runner.Results(o.output, COLUMNS, KEY)
+    results = runner.Results(o.output, COLUMNS, KEY, NUMBERS)
     try:
         rows = results.read()
         if o.what == "report":
