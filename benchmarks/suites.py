@@ -21,10 +21,10 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from benchmarks import report, runner, tasks, tuning
+from benchmarks.arguments import count, device, listed, names, sparsity
 from benchmarks.methods import SHARPNESS, Method
 from benchmarks.tasks import SPARSITIES
 from benchmarks.trials import COLUMNS, KEY, NUMBERS, OF_RUNS, Trial, prepare, run_trial, steps_of
@@ -70,6 +70,9 @@ def main(suite: str, argv: Sequence[str] | None = None) -> int:
         print(f"{task}: what they chose, on the test split", flush=True)
         rows = tuning.of_run(results.read(), lengths, o.options)
         trials = tuning.choices(task, methods, rows, range(o.seeds), told=o.told, **common)
+        unknown = [m for m in methods if Method.of(m).searched and m not in {trial.method for trial in trials}]
+        if unknown:
+            print(f"{task}: left out, as no run on the validation split chose for them: {', '.join(unknown)}")
         runner.run_missing(work, trials, steps_of, results, o.jobs, ready)
     if o.split != "validation":
         report.write(tuning.of_run(results.read(), lengths, o.options), o.output, suite)
@@ -115,12 +118,17 @@ def _parse(suite: str, argv: Sequence[str] | None) -> argparse.Namespace:
     size.add_argument("--quick", action="store_true", help="five methods, three strengths, two seeds, half the steps")
     size.add_argument("--full", action="store_true", help="all methods, ten strengths, three seeds, into docs/results")
     parser.add_argument(
-        "--tasks", type=_some_names, default=list(SUITES[suite]), help=f"(default: {','.join(SUITES[suite])})"
+        "--tasks", type=names, default=list(SUITES[suite]), help=f"(default: {','.join(SUITES[suite])})"
     )
-    parser.add_argument("--methods", type=_some_names, help="names such as sgd,sgd+wcr,adamw+sam+target (default: all)")
-    parser.add_argument("--seeds", type=_count, help="runs on the test split of each choice (default: 3)")
-    parser.add_argument("--strengths", type=_count, help="strengths of each search (default: 5)")
-    parser.add_argument("--sparsities", type=_sparsities, default=SPARSITIES, help="to prune at (default: 0 to 0.99)")
+    parser.add_argument("--methods", type=names, help="names such as sgd,sgd+wcr,adamw+sam+target (default: all)")
+    parser.add_argument("--seeds", type=count, help="runs on the test split of each choice (default: 3)")
+    parser.add_argument("--strengths", type=count, help="strengths of each search (default: 5)")
+    parser.add_argument(
+        "--sparsities",
+        type=listed(sparsity),
+        default=SPARSITIES,
+        help="to prune at (default: 0 to 0.99)",
+    )
     parser.add_argument(
         "--told",
         type=_goals,
@@ -131,8 +139,8 @@ def _parse(suite: str, argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--share", type=_share, help="of the task's steps to train for (default: 1)")
     parser.add_argument("--options", default="", help="of SparsityTarget, as name=value;name=value")
     parser.add_argument("--split", choices=("both", "validation", "test"), default="both", help="(default: both)")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="(default: cpu)")
-    parser.add_argument("--jobs", type=_count, default=os.cpu_count() or 1, help="runs at a time (default: one a core)")
+    parser.add_argument("--device", type=device, default="cpu", help="cpu or cuda (default: cpu)")
+    parser.add_argument("--jobs", type=count, default=os.cpu_count() or 1, help="runs at a time (default: one a core)")
     parser.add_argument("--output", type=Path, help="folder of the results (default: results)")
     o = parser.parse_args(argv)
     o.seeds = o.seeds or (2 if o.quick else 3)
@@ -148,8 +156,6 @@ def _parse(suite: str, argv: Sequence[str] | None) -> argparse.Namespace:
             o.sparsities = sorted({0.0, *known.goals, *o.sparsities})
         for name in o.methods or ("sgd+target",):
             _try(Method.of(name), o.options)
-        if o.device == "cuda" and not torch.cuda.is_available():
-            raise ValueError("torch finds no CUDA device; leave --device out")
         import_module("matplotlib")  # for the pictures at the end
         o.output.mkdir(parents=True, exist_ok=True)
         runner.Results(o.output / f"{suite}.csv", COLUMNS, KEY, NUMBERS).read()
@@ -171,13 +177,6 @@ def _try(method: Method, options: str) -> None:
             raise ValueError(f"--options {options!r}: {error}") from error
 
 
-def _some_names(text: str) -> list[str]:
-    names = list(dict.fromkeys(name for name in text.split(",") if name))
-    if not names:
-        raise argparse.ArgumentTypeError("names none")
-    return names
-
-
 def _share(text: str) -> float:
     share = float(text)
     if not 0.0 < share < math.inf:
@@ -185,22 +184,8 @@ def _share(text: str) -> float:
     return share
 
 
-def _count(text: str) -> int:
-    count = int(text)
-    if count < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {count}")
-    return count
-
-
-def _sparsities(text: str) -> list[float]:
-    values = [float(x) for x in text.split(",")]
-    if not all(0.0 <= value <= 1.0 for value in values):
-        raise argparse.ArgumentTypeError(f"must lie in [0, 1], got {text}")
-    return values
-
-
 def _goals(text: str) -> list[float]:
-    values = _sparsities(text)
+    values = listed(sparsity)(text)
     if {0.0, 1.0} & set(values):
         raise argparse.ArgumentTypeError(f"must lie between 0 and 1, both excluded, got {text}")
     return values
