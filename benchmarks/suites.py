@@ -127,7 +127,7 @@ def _parse(suite: str, argv: Sequence[str] | None) -> argparse.Namespace:
         "--sparsities",
         type=listed(sparsity),
         default=SPARSITIES,
-        help="to prune at (default: 0 to 0.99)",
+        help="to prune at in runs that the file does not hold yet (default: 0 to 0.99)",
     )
     parser.add_argument(
         "--told",
@@ -150,6 +150,8 @@ def _parse(suite: str, argv: Sequence[str] | None) -> argparse.Namespace:
     try:
         for task in o.tasks:
             known = tasks.task(task)
+            if known.suite != suite:
+                raise ValueError(f"task {task} belongs to another file of results: python -m benchmarks {known.suite}")
             bad = [name for name in o.methods or () if Method.of(name).base not in known.lr]
             if bad:
                 raise ValueError(f"task {task} has no setting for the base of {bad[0]!r}; it has {', '.join(known.lr)}")

@@ -563,7 +563,7 @@ def test_a_killed_benchmark_continues_where_it_stopped(tmp_path):
         (["--sparsities", "1.5"], r"lie in \[0, 1\]"),
         (["--told", "0.9,1"], "both excluded"),
         (["--quick", "--full"], "not allowed with"),
-        (["--tasks", "language", "--methods", "sgd"], "no setting for the base"),
+        (["--tasks", "language", "--methods", "adamw"], "python -m benchmarks language"),
         (["--tasks", ""], "name at least one"),
         (["--share", "0"], "above 0"),
         (["--share", "nan"], "above 0"),
@@ -580,6 +580,12 @@ def test_bad_arguments_say_what_is_wrong(arguments, said, capsys, tmp_path, monk
         suites.main("vision", arguments)
     assert stopped.value.code == 2
     assert re.search(said, capsys.readouterr().err)
+
+
+def test_a_base_that_a_task_has_no_setting_for_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        suites.main("language", ["--tasks", "language", "--methods", "sgd"])
+    assert "no setting for the base" in capsys.readouterr().err
 
 
 def test_ablations_run_end_to_end_and_runs_of_other_lengths_do_not_count(tmp_path, monkeypatch, capsys):
