@@ -17,7 +17,7 @@ import functools
 import math
 import os
 from collections.abc import Callable, Sequence
-from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -158,7 +158,8 @@ def _parse(suite: str, argv: Sequence[str] | None) -> argparse.Namespace:
             o.sparsities = sorted({0.0, *known.goals, *o.sparsities})
         for name in o.methods or ("sgd+target",):
             _try(Method.of(name), o.options)
-        import_module("matplotlib")  # for the pictures at the end
+        if find_spec("matplotlib") is None:
+            raise ImportError("the pictures at the end need matplotlib: pip install 'wcr_optim[bench]'")
         o.output.mkdir(parents=True, exist_ok=True)
         runner.Results(o.output / f"{suite}.csv", COLUMNS, KEY, NUMBERS).read()
     except (ValueError, OSError, ImportError) as error:
