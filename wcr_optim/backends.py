@@ -7,7 +7,7 @@
 | "triton" | CUDA with Triton | all layers in one launch, nothing waits for the device |
 | "auto" | anywhere | "compiled" for large models on the CPU, "triton" for all but small ones on CUDA, else "eager" |
 
-All give the same numbers up to rounding, of float32 weights down to 1e-18 and up to 1e18: beyond, their squares leave
+All give the same numbers up to rounding, of float32 weights down to 1e-18 and up to 1e16: beyond, their squares leave
 float32, in which "eager" sums chunks, and it leaves the layer alone as one that is zero or infinite.
 """
 
