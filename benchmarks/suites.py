@@ -27,7 +27,7 @@ from benchmarks import report, runner, tasks, tuning
 from benchmarks.arguments import count, device, listed, names, sparsity
 from benchmarks.methods import SHARPNESS, Method
 from benchmarks.tasks import SPARSITIES
-from benchmarks.trials import COLUMNS, KEY, NUMBERS, OF_RUNS, Trial, prepare, run_trial, steps_of
+from benchmarks.trials import COLUMNS, KEY, NUMBERS, OF_RUNS, Trial, prepare, read_options, run_trial, steps_of
 from wcr_optim import SparsityTarget
 
 SUITES = {
@@ -173,9 +173,9 @@ def _try(method: Method, options: str) -> None:
         raise ValueError(f"--options takes name=value;name=value, got {options!r}")
     optimizer = method.optimizer(nn.Linear(4, 4), lr=0.1, weight_decay=0.0, strength=1.0)
     if method.penalty == "target":
-        settings = Trial("", method.name, options=options).settings
+        own = {name: value for name, value in read_options(options).items() if name not in OF_RUNS}
         try:
-            SparsityTarget(optimizer, 0.9, 100, **{k: v for k, v in settings.items() if k not in OF_RUNS})
+            SparsityTarget(optimizer, 0.9, 100, **own)
         except TypeError as error:
             raise ValueError(f"--options {options!r}: {error}") from error
 

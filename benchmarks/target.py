@@ -29,6 +29,7 @@ from torch.optim import Optimizer
 
 from benchmarks import arguments, runner, tasks
 from benchmarks.tasks import SPARSITIES, Task
+from benchmarks.trials import read_options
 from wcr_optim import WCR, HoyerDecay, L1Decay, SparsityTarget, param_groups, pruning
 
 OPTIMIZERS: dict[str, Callable[[list[dict[str, Any]], float], Optimizer]] = {
@@ -90,7 +91,7 @@ def run_trial(trial: Trial, progress: Callable[[], None] = lambda: None) -> list
     """Train, prune at every sparsity and measure; one row per sparsity."""
     task = tasks.task(trial.task)
     network = task.model(trial.seed)
-    decay = _settings(trial.options).get("wd", WEIGHT_DECAY[trial.optimizer])
+    decay = read_options(trial.options).get("wd", WEIGHT_DECAY[trial.optimizer])
     groups = param_groups(network, weight_decay=decay, weight_concentration=0.0, exclude=task.exclude)
     base = OPTIMIZERS[trial.optimizer](groups, trial.lr_scale)
     optimizer, target, steps = base, None, steps_of(trial)
@@ -147,7 +148,7 @@ def run_trial(trial: Trial, progress: Callable[[], None] = lambda: None) -> list
 
 def _targeted(trial: Trial, base: Optimizer, steps: int) -> tuple[Optimizer, Any]:
     _, _, form = trial.method.partition(":")
-    options = _settings(trial.options)
+    options = read_options(trial.options)
     options.pop("wd", None)
     if form == "l1":
         optimizer: Optimizer = L1Decay(base)
@@ -158,19 +159,6 @@ def _targeted(trial: Trial, base: Optimizer, steps: int) -> tuple[Optimizer, Any
             group["weight_concentration"] = 1e-3
         optimizer = WCR(base, form=form or "per_unit")
     return optimizer, SparsityTarget(optimizer, trial.goal, steps, **options)
-
-
-def _settings(options: str) -> dict[str, Any]:
-    return {name: _value(value) for name, _, value in (o.partition("=") for o in options.split(";") if o)}
-
-
-def _value(text: str) -> Any:
-    for kind in (int, float):  # numbers of steps have to be whole
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return text
 
 
 def grid(task: str, optimizer: str, method: str) -> list[float]:
@@ -366,14 +354,14 @@ def goal(text: str) -> float:
 
 def options(text: str) -> str:
     """Read an entry of --options, and try it here rather than in every run."""
-    settings = _settings(text)
-    for name, value in settings.items():
+    found = read_options(text)
+    for name, value in found.items():
         if name not in OPTIONS or value == "":
             known = ", ".join(OPTIONS)
             raise argparse.ArgumentTypeError(f"{text!r} is not name=value;name=value with names of {known}")
     try:
-        groups = param_groups(nn.Linear(2, 2), weight_decay=settings.pop("wd", 0.0))
-        SparsityTarget(WCR(torch.optim.AdamW(groups), form="per_unit"), total_steps=10_000, **settings)
+        groups = param_groups(nn.Linear(2, 2), weight_decay=found.pop("wd", 0.0))
+        SparsityTarget(WCR(torch.optim.AdamW(groups), form="per_unit"), total_steps=10_000, **found)
     except (TypeError, ValueError) as error:
         raise argparse.ArgumentTypeError(f"{text!r}: {error}") from error
     return text

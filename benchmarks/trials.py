@@ -77,7 +77,7 @@ class Trial:
     @property
     def settings(self) -> dict[str, Any]:
         """Return the options by name."""
-        return {name: _number(value) for name, value in (o.split("=", 1) for o in self.options.split(";") if o)}
+        return read_options(self.options)
 
 
 OF_RUNS = ("lr", "wd", "batch", "layers")
@@ -321,6 +321,11 @@ def moved(data: Any, device: Any) -> Any:
 
 def _device(network: nn.Module) -> torch.device:
     return next(network.parameters()).device
+
+
+def read_options(options: str) -> dict[str, Any]:
+    """Return options by name, given as name=value;name=value."""
+    return {name: _number(value) for name, _, value in (o.partition("=") for o in options.split(";") if o)}
 
 
 def _number(text: str) -> Any:

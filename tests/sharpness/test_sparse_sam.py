@@ -243,6 +243,18 @@ def test_masks_are_saved_as_booleans_and_come_back_as_such(dtype):
         assert torch.equal(other.state[p]["sparse_sam_mask"], values["sparse_sam_mask"])
 
 
+def assert_resumes(model, optimizer, begun, steps):
+    """A checkpoint of now in new objects goes on as these do, bit for bit."""
+    saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    other, resumed = begun()
+    other.load_state_dict(saved[0])
+    resumed.load_state_dict(saved[1])
+    for m, o in ((model, optimizer), (other, resumed)):
+        train(m, o, steps)
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
 @pytest.mark.parametrize("mask", ["fisher", "dynamic"])
 def test_a_checkpoint_after_an_interrupted_step_resumes_bit_for_bit(mask):
     def begun():
@@ -261,14 +273,7 @@ def test_a_checkpoint_after_an_interrupted_step_resumes_bit_for_bit(mask):
 
     with pytest.raises(KeyboardInterrupt):
         optimizer.step(interrupted)
-    saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
-    train(model, optimizer, range(3, 8))
-    other, resumed = begun()
-    other.load_state_dict(saved[0])
-    resumed.load_state_dict(saved[1])
-    train(other, resumed, range(3, 8))
-    for p, q in zip(model.parameters(), other.parameters(), strict=True):
-        assert torch.equal(p, q)
+    assert_resumes(model, optimizer, begun, range(3, 8))
 
 
 def test_a_plain_step_after_a_pass_that_was_given_up_takes_over_no_mask():
@@ -317,15 +322,8 @@ def test_a_base_that_clears_the_gradients_in_its_step_keeps_the_state(make):
 
     model, optimizer = begun()
     train(model, optimizer, range(3))
-    saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
-    assert len(saved[1]["state"]) == len(list(model.parameters()))
-    train(model, optimizer, range(3, 6))
-    other, resumed = begun()
-    other.load_state_dict(saved[0])
-    resumed.load_state_dict(saved[1])
-    train(other, resumed, range(3, 6))
-    for p, q in zip(model.parameters(), other.parameters(), strict=True):
-        assert torch.equal(p, q)
+    assert len(optimizer.state_dict()["state"]) == len(list(model.parameters()))
+    assert_resumes(model, optimizer, begun, range(3, 6))
 
 
 @pytest.mark.parametrize("mask", ["fisher", "dynamic"])
