@@ -7,6 +7,7 @@ import warnings
 import pytest
 import torch
 from normed_network import energies, gradients, normed, shrunk, train
+from target_reference import plain_tail
 from torch import nn
 
 from wcr_optim import SAM, WCR, SparsityTarget, compiled, param_groups
@@ -343,3 +344,48 @@ class TestInATarget:
         target.load_state_dict(state)
         train(net, optimizer, 8, target, first=7)
         assert sorted(optimizer.scale_invariant) == [(0, 0), (0, 1)]
+
+
+class TestTheTailFallsOn:
+    """Around Adam, where most weights are in layers whose kept weights are spared, and nobody said how deep it goes."""
+
+    def at(self, share, places, base=torch.optim.AdamW, **options):
+        """Return the wanted tail after a share of a run that began with one of 0.5."""
+        optimizer = WCR(base(param_groups(normed()), lr=1e-3), form="per_unit")
+        target = SparsityTarget(optimizer, 0.5, 1000, **options)
+        target._find_loops()
+        optimizer.scale_invariant, target.steps = places, round(1000 * share)
+        return target.path(0.5)
+
+    @pytest.mark.parametrize(
+        ("places", "options", "goal"),
+        [
+            ([(0, 0), (0, 1)], {}, 1e-4),
+            ([(0, 1)], {}, 1e-4),  # two thirds of the weights
+            ([(0, 0)], {}, 3e-3),  # a twentieth
+            ([], {}, 3e-3),
+            ([(0, 0), (0, 1)], {"tail_energy": 3e-3}, 3e-3),
+            ([(0, 0), (0, 1)], {"tail_energy": 1e-5}, 1e-5),
+            ([(0, 0), (0, 1)], {"end": 0.95}, 3e-3),
+        ],
+    )
+    def test_to_where(self, places, options, goal):
+        end, by_then = options.get("end", 0.4), options.get("tail_energy", 3e-3)
+        assert self.at(end / 2, places, **options) == pytest.approx(math.sqrt(0.5 * by_then))
+        assert self.at(end, places, **options) == pytest.approx(by_then)
+        if end < 0.9:
+            assert self.at((end + 0.9) / 2, places, **options) == pytest.approx(math.sqrt(by_then * goal))
+        assert self.at(1.0, places, **options) == pytest.approx(goal)
+        assert self.at(1.5, places, **options) == pytest.approx(goal)  # held for as long as training goes on
+
+    def test_not_around_sgd(self):
+        for share in (0.4, 0.65, 1.0):
+            assert self.at(share, [(0, 0), (0, 1)], torch.optim.SGD) == pytest.approx(1e-3)
+
+    @pytest.mark.parametrize("tail_energy", [None, 3e-3])
+    def test_in_training(self, tail_energy):
+        net = normed()
+        optimizer = WCR(torch.optim.AdamW(param_groups(net), lr=1e-2), form="per_unit")
+        train(net, optimizer, 300, SparsityTarget(optimizer, 0.8, 300, tail_energy))
+        tail = plain_tail(layers_of(net), 0.8)
+        assert tail < 1.5e-4 if tail_energy is None else 1e-3 < tail < 4.5e-3

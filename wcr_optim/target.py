@@ -34,6 +34,9 @@ MEASUREMENTS = 100
 
 NORMALIZED_TAIL, PLAIN_TAIL = 3e-3, 1e-3  # goals around Adam, which moves what shall stay small as well, and around SGD
 SPARED = 2.0  # times the magnitude below which weights will be pruned: from there on one threshold spares them
+# Where most weights are in layers that do so, a deeper tail takes from none that is kept. Around Adam, whose goal is
+# the shallower one, it falls on to here, by this share of the run.
+SPARED_TAIL, SPARED_END = 1e-4, 0.9
 NO_WEIGHTS = "there were no weights to drive, or none that were finite and not all zero"
 RECENT = 3  # measurements since which the smoothed loss shall have fallen
 
@@ -62,9 +65,10 @@ class SparsityTarget:
     The tail is the share of the weights' energy (sum of squares) that one-shot magnitude pruning at `sparsity` would
     remove. The object measures it every few steps and moves the strength by a bounded factor so that the tail's
     logarithm falls evenly, from what it is at the start to `tail_energy` when 40 % of the run are over; from then on it
-    is held there, for as long as training goes on. It starts at a strength worked out from the weights and the
-    learning rate after the first step, before which there is no penalty, so the one given to the penalty matters only
-    as a ratio between groups; groups whose strength is 0 when this is made are neither driven nor measured.
+    is held there, or falls on as said below, for as long as training goes on. It starts at a strength worked out from
+    the weights and the learning rate after the first step, before which there is no penalty, so the one given to the
+    penalty matters only as a ratio between groups; groups whose strength is 0 when this is made are neither driven nor
+    measured.
 
         optimizer = WCR(torch.optim.SGD(param_groups(model), lr=0.1, momentum=0.9), form="per_unit")
         target = SparsityTarget(optimizer, sparsity=0.95, total_steps=epochs * len(batches))
@@ -91,7 +95,9 @@ class SparsityTarget:
     enlarges those that hold less than a quarter of the mean unit's energy, by a tenth at most. It knows them by their
     gradient, see `invariance.invariant_units`. From the next measurement on, all units of such layers get one
     threshold, unless with scope="layer", see `invariance.one_threshold`, and it spares weights that pruning will keep:
-    those of twice the magnitude below which it would prune now.
+    those of twice the magnitude below which it would prune now. Where most weights are in such layers, around Adam and
+    unless you gave a `tail_energy`, the tail falls on after 40 % of the run, to 1e-4 when 90 % are over: that takes
+    from none that is kept.
 
     It does not kill the network: the strength stops rising where more of it would do nothing (a form that saturates),
     where the penalty would take a layer's energy away or has done so (l1), and where the smoothed training loss rises
@@ -106,8 +112,9 @@ class SparsityTarget:
         optimizer: Optimizer with a decoupled penalty in its chain (`WCR`, `HoyerDecay`, `L1Decay`, `Decoupled`).
         sparsity: Share of the driven weights that will be pruned, in (0, 1) (default: 0.95).
         total_steps: Optimizer steps of the whole run. Unknown? Give the number within which the goal shall be reached.
-        tail_energy: Share of the energy, in (0, 1), that pruning may take. None stands for 3e-3, and for 1e-3 around
-            SGD, which pays less for a deeper tail (default: None).
+        tail_energy: Share of the energy, in (0, 1), that pruning may take. None stands for 1e-3 around SGD, which pays
+            less for a deeper tail, and elsewhere for 3e-3, from which it falls on where BatchNorm follows most weights
+            (default: None).
         max_dense_cost: Rise of the smoothed training loss above its best, in its own units, beyond which the strength
             is taken back; `step` then needs the loss. None stands for the automatic stop alone (default: None).
         scope: What is ranked together and driven together, as in `pruning`: "global", all weights at one strength, or
@@ -169,9 +176,9 @@ class SparsityTarget:
         total_steps = check_total_steps(total_steps)
         self._strengths = Strengths(optimizer)
         base = self._strengths.decoupled
-        if tail_energy is None:
-            tail_energy = PLAIN_TAIL if follows_the_gradient(base) else NORMALIZED_TAIL
-        self.sparsity, self.total_steps, self.tail_energy = float(sparsity), total_steps, float(tail_energy)
+        usual = (PLAIN_TAIL, PLAIN_TAIL) if follows_the_gradient(base) else (NORMALIZED_TAIL, SPARED_TAIL)
+        self.tail_energy, self._last_goal = usual if tail_energy is None else (float(tail_energy), float(tail_energy))
+        self.sparsity, self.total_steps = float(sparsity), total_steps
         self.max_dense_cost, self.scope, self.start, self.end = max_dense_cost, scope, start, end
         self.every = max(1, total_steps // MEASUREMENTS) if every is None else every
         self.lr_exponent = usual_exponent(base) if lr_exponent is None else float(lr_exponent)
@@ -246,10 +253,18 @@ class SparsityTarget:
 
     def path(self, first_tail: float) -> float:
         """Return the tail wanted at the present step of a run that began with a given one."""
-        if first_tail <= self.tail_energy:
-            return self.tail_energy  # a network that is sparse already: what it rises by below the goal is no excess
-        progress = (self.steps / self.total_steps - self.start) / (self.end - self.start)
-        return first_tail * math.pow(self.tail_energy / first_tail, min(max(progress, 0.0), 1.0))
+        run = self.steps / self.total_steps
+        first = max(first_tail, self.tail_energy)  # if it is sparse already, what it rises by below is no excess
+        wanted = first * math.pow(self.tail_energy / first, _progress(run, self.start, self.end))
+        if self._last_goal < self.tail_energy and self.end < SPARED_END and self._spares_most():
+            wanted *= math.pow(self._last_goal / self.tail_energy, _progress(run, self.end, SPARED_END))
+        return wanted
+
+    def _spares_most(self) -> bool:
+        """Whether most weights are in layers where those that pruning will keep are spared."""
+        spared = {f"{group}.{place}" for group, place in self._strengths.decoupled.scale_invariant}
+        sizes = {name: w.numel() for loop in self._loops for name, _, w in self._layers(loop)}
+        return 2 * sum(size for name, size in sizes.items() if name in spared) > sum(sizes.values())
 
     def state_dict(self) -> dict[str, Any]:
         """Return what `load_state_dict` needs to go on exactly: numbers, strings and lists of them."""
@@ -489,3 +504,8 @@ class SparsityTarget:
         from wcr_optim.plots import training_curves
 
         return training_curves(self.history, path, accuracy, goal=self.tail_energy)
+
+
+def _progress(run: float, start: float, end: float) -> float:
+    """Return how much of the way from start to end of a part of the run is behind, from 0 to 1."""
+    return min(max((run - start) / (end - start), 0.0), 1.0)
