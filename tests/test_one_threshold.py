@@ -389,3 +389,22 @@ class TestTheTailFallsOn:
         train(net, optimizer, 300, SparsityTarget(optimizer, 0.8, 300, tail_energy))
         tail = plain_tail(layers_of(net), 0.8)
         assert tail < 1.5e-4 if tail_energy is None else 1e-3 < tail < 4.5e-3
+
+    @pytest.mark.parametrize("cut", [150, 151])  # after a measurement, and between two of them
+    def test_resumed_on_its_way_bit_for_bit(self, cut):
+        def begun():
+            net = normed()
+            optimizer = WCR(torch.optim.AdamW(param_groups(net), lr=1e-2), form="per_unit")
+            return net, optimizer, SparsityTarget(optimizer, 0.8, 200)
+
+        net, optimizer, target = begun()
+        train(net, optimizer, cut, target)
+        states = [copy.deepcopy(x.state_dict()) for x in (net, optimizer, target)]
+        resumed = begun()
+        for x, state in zip(resumed, states, strict=True):
+            x.load_state_dict(state)
+        assert resumed[2].path(0.5) == target.path(0.5) < 1e-3
+        for x in ((net, optimizer, target), resumed):
+            train(*x[:2], 200 - cut, x[2], first=cut)
+        assert target.last_tail == resumed[2].last_tail < 3e-4
+        assert all(map(torch.equal, layers_of(net), layers_of(resumed[0])))
