@@ -96,8 +96,8 @@ class SparsityTarget:
     gradient, see `invariance.invariant_units`. From the next measurement on, all units of such layers get one
     threshold, unless with scope="layer", see `invariance.one_threshold`, and it spares weights that pruning will keep:
     those of twice the magnitude below which it would prune now. Where most weights are in such layers, around Adam and
-    unless you gave a `tail_energy`, the tail falls on after 40 % of the run, to 1e-4 when 90 % are over: that takes
-    from none that is kept.
+    unless you gave a `tail_energy`, the tail falls on from there, to 1e-4 when 90 % of the run are over: that takes
+    from none that is kept. An `end` as late as that leaves no time for it.
 
     It does not kill the network: the strength stops rising where more of it would do nothing (a form that saturates),
     where the penalty would take a layer's energy away or has done so (l1), and where the smoothed training loss rises
@@ -263,8 +263,8 @@ class SparsityTarget:
     def _spares_most(self) -> bool:
         """Whether most weights are in layers where those that pruning will keep are spared."""
         spared = {f"{group}.{place}" for group, place in self._strengths.decoupled.scale_invariant}
-        sizes = {name: w.numel() for loop in self._loops for name, _, w in self._layers(loop)}
-        return 2 * sum(size for name, size in sizes.items() if name in spared) > sum(sizes.values())
+        sizes = [(name, w.numel()) for loop in self._loops for name, _, w in self._layers(loop)]
+        return 2 * sum(n for name, n in sizes if name in spared) > sum(n for _, n in sizes)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what `load_state_dict` needs to go on exactly: numbers, strings and lists of them."""
