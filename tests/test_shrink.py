@@ -35,6 +35,21 @@ def test_every_layer_its_own_numbers_in_place():
     torch.testing.assert_close(layers, expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("size", [8, SMALL + 1])  # packed with others, and in pieces
+def test_weights_at_the_threshold_become_zero_whatever_the_gain(dtype, size):
+    for gain, threshold in torch.rand(200, 2, dtype=torch.float64).mul(2).tolist():
+        w = torch.full((size,), threshold, dtype=dtype)
+        w[::2] *= -1
+        rounded = w[1].item()  # as a float64 threshold would not equal the weights
+        assert not shrink(w, gain, rounded).any(), (gain, threshold)
+
+
+def test_a_gain_of_zero_needs_no_threshold():
+    for size in (8, SMALL + 1):
+        assert not shrink(torch.randn(size), 0.0, math.inf).any()
+
+
 def test_any_strides_and_nothing_beyond_the_tensor():
     base = torch.randn(6, 8, 4, 4)
     for view in (
