@@ -1,15 +1,30 @@
-"""Types of arguments for argparse's `type=`: each says what it takes when it is given something else."""
+"""Types of arguments for argparse's `type=`, each of which says what it takes, and what else is checked beforehand."""
 
 from __future__ import annotations
 
 import math
 from argparse import ArgumentTypeError
 from collections.abc import Callable, Iterable
+from importlib.util import find_spec
+from pathlib import Path
 from typing import TypeVar
 
 import torch
 
 T = TypeVar("T")
+
+
+def prepare_for_pictures(*folders: Path) -> None:
+    """Make sure before a command's work that it can write its tables and pictures after it.
+
+    Raises:
+        ImportError: If matplotlib is not installed.
+        OSError: If one of the folders is not there and cannot be made.
+    """
+    if find_spec("matplotlib") is None:
+        raise ImportError("the pictures at the end need matplotlib: pip install 'wcr_optim[bench]'")
+    for folder in folders:
+        folder.mkdir(parents=True, exist_ok=True)
 
 
 def count(text: str) -> int:

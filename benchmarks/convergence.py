@@ -39,6 +39,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, default=Path("docs/results"), help="(default: docs/results)")
     parser.add_argument("--images", type=Path, default=Path("docs/images"), help="(default: docs/images)")
     o = parser.parse_args(argv)
+    try:
+        arguments.prepare_for_pictures(o.output, o.images)
+    except (ImportError, OSError) as error:
+        parser.error(str(error))
     rows = [
         {
             "problem": problem,
@@ -53,12 +57,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         for seed in range(o.seeds)
         for step, squared, loss in descent(problem, rule, seed, o.steps)
     ]
-    o.output.mkdir(parents=True, exist_ok=True)
     with written_whole(o.output / "convergence.csv") as temporary, temporary.open("w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-    o.images.mkdir(parents=True, exist_ok=True)
     draw(rows, o.images / "convergence.png")
     print("mean over all steps of the squared gradient norm of the loss, and over the last tenth")
     for problem in STRENGTH:

@@ -57,7 +57,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     started = time.perf_counter()
     rows = [row for rows in runner.run(run_trial, trials, _epochs, options.jobs, unit="epoch") for row in rows]
     folder = Path(options.output)
-    folder.mkdir(parents=True, exist_ok=True)
     write_csv(rows, folder / "demo.csv")
     draw(rows, methods, folder / "demo.png")
     print(table(rows, methods))
@@ -99,7 +98,12 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--split", choices=("test", "validation"), default="test", help="images to measure accuracy on")
     parser.add_argument("--jobs", type=arguments.count, default=2, help="runs at a time, one core each (default: 2)")
     parser.add_argument("--output", default="results", help="folder of demo.png and demo.csv (default: results)")
-    return parser.parse_args(argv)
+    options = parser.parse_args(argv)
+    try:
+        arguments.prepare_for_pictures(Path(options.output))
+    except (ImportError, OSError) as error:
+        parser.error(str(error))
+    return options
 
 
 def _methods(options: argparse.Namespace) -> list[Method]:

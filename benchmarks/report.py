@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks import runner, tasks, tuning
+from benchmarks import arguments, runner, tasks, tuning
 from benchmarks.methods import LABELS, PENALTIES, PRUNING, RHO, SHARPNESS, Method
 from benchmarks.trials import COLUMNS, KEY, NUMBERS
 from wcr_optim import plots
@@ -349,7 +349,6 @@ def draw(rows: Rows, task: str, folder: Path) -> None:
             rising = [means[setting] for setting in sorted(means)]  # by strength, or by what was told
             near = [at for at in rising if abs(at[0.0] - best) <= SHOWN * kind.tolerance]
             tradeoffs[parts.label] = [(at[0.0], at[goal]) for at in near]
-    folder.mkdir(parents=True, exist_ok=True)
     if curves:
         _draw_bases(curves, folder / f"{task}.png", kind.metric.replace("_", " "))
     if tradeoffs:
@@ -407,8 +406,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--images", type=Path, default=Path("docs/images"), help="(default: docs/images)")
     o = parser.parse_args(argv)
     try:
+        arguments.prepare_for_pictures(o.images)
         rows = stored(o.results)
-    except ValueError as error:
+    except (ValueError, OSError, ImportError) as error:
         parser.error(str(error))
     missing = [suite for suite in SUITES if not (o.results / f"{suite}.csv").exists()]
     if missing:

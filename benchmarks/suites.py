@@ -17,14 +17,13 @@ import functools
 import math
 import os
 from collections.abc import Callable, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from benchmarks import report, runner, tasks, tuning
-from benchmarks.arguments import count, device, listed, names, sparsity
+from benchmarks.arguments import count, device, listed, names, prepare_for_pictures, sparsity
 from benchmarks.methods import SHARPNESS, Method
 from benchmarks.tasks import SPARSITIES
 from benchmarks.trials import COLUMNS, KEY, NUMBERS, OF_RUNS, Trial, prepare, read_options, run_trial, steps_of
@@ -158,9 +157,7 @@ def _parse(suite: str, argv: Sequence[str] | None) -> argparse.Namespace:
             o.sparsities = sorted({0.0, *known.goals, *o.sparsities})
         for name in o.methods or ("sgd+target",):
             _try(Method.of(name), o.options)
-        if find_spec("matplotlib") is None:
-            raise ImportError("the pictures at the end need matplotlib: pip install 'wcr_optim[bench]'")
-        o.output.mkdir(parents=True, exist_ok=True)
+        prepare_for_pictures(o.output)
         runner.Results(o.output / f"{suite}.csv", COLUMNS, KEY, NUMBERS).read()
     except (ValueError, OSError, ImportError) as error:
         parser.error(str(error))

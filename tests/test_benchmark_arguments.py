@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from benchmarks import demo
+from benchmarks import arguments, demo
 from benchmarks.__main__ import main as benchmarks
 
 
@@ -77,3 +77,27 @@ def test_bad_arguments_are_named_before_anything_is_done(line, said, capsys, mon
 def test_methods_and_forms_that_are_named_twice_run_once():
     options = demo._parse(["--methods", "sgd,sam,sgd", "--forms", "wcr,wcr"])
     assert [method.name for method in demo._methods(options)] == ["sgd", "sgd+wcr", "sgd+sam", "sgd+sam+wcr"]
+
+
+@pytest.mark.parametrize(
+    ("line", "folder"),
+    [
+        ("demo", "--output"),
+        ("convergence", "--output"),
+        ("convergence", "--images"),
+        ("report", "--images"),
+        ("vision --quick", "--output"),
+    ],
+)
+def test_what_pictures_need_is_looked_for_before_anything_is_trained(line, folder, capsys, monkeypatch, tmp_path):
+    taken = tmp_path / "taken"
+    taken.touch()
+    for missing, said in ((False, "taken"), (True, "need matplotlib: pip install 'wcr_optim[bench]'")):
+        if missing:
+            monkeypatch.setattr(arguments, "find_spec", lambda name: None)
+        with pytest.raises(SystemExit) as stopped:
+            benchmarks([*line.split(), folder, str(tmp_path if missing else taken)])
+        assert stopped.value.code == 2
+        printed = capsys.readouterr()
+        assert said in printed.err
+        assert not printed.out
