@@ -34,6 +34,17 @@ def test_moments_are_those_of_every_row(dtype):
         torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-12)
 
 
+@pytest.mark.parametrize("length", [2, 6, 700, 768, 1500])
+def test_rows_of_magnitudes_that_are_alike_keep_their_variance_beside_others(length):
+    generator = torch.Generator().manual_seed(0)
+    w = torch.randn(400, length, generator=generator)
+    w[::3] = 0.1 + 0.001 * w[::3]
+    w[1] = 0.1
+    _, mu, q = unit_moments([w])
+    expected = w.double().abs().var(1, correction=0)
+    torch.testing.assert_close(q - mu.square(), expected, rtol=1e-4, atol=1e-12)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_shrink_is_that_of_every_row(dtype):
     found, expected = weights(dtype), weights(dtype)

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from wcr_optim.eager import DEVICE_CHUNK, PIECE
+from wcr_optim.eager import CANCELS, DEVICE_CHUNK, LENGTH, PIECE
 from wcr_optim.layout import local
 from wcr_optim.precision import accumulator, compute_dtype
 from wcr_optim.rounding import Noise, round_to
 
 MOST_GAIN = 1.1  # that gives a row its energy back in one step
+# Weights of which copies are made at a time on the CPU, as `eager.PIECE` is for those of less than 32 bits.
+CHUNK = 3 * 2**16
+SHORTEST = 32  # stretch of a row of which a norm is worth its call
 
 
 def unit_sums(parts: Sequence[Tensor], threshold: Tensor | None = None, cutoff: float = math.inf) -> list[Tensor]:
@@ -93,28 +96,57 @@ def split_rows(rows: Tensor) -> tuple[Tensor, ...]:
 
 def _rows_at_once(rows: Tensor) -> int:
     """Count the whole rows of a weight that fit a chunk, at least one."""
-    chunk = PIECE if rows.device.type == "cpu" else DEVICE_CHUNK
+    chunk = DEVICE_CHUNK if rows.device.type != "cpu" else PIECE if rows.element_size() < 4 else CHUNK
     return max(1, chunk // max(1, math.prod(rows.shape[1:])))
 
 
 def _sums(rows: Tensor, threshold: Tensor | None = None, cutoff: float = math.inf) -> Tensor:
-    """Sum m = |w|, or what a threshold leaves of it, and m^2 over each row, shape (rows, 2).
+    """Sum m = |w|, or what a threshold leaves of it, and m^2 over each row, shape (rows, 2)."""
+    if rows.device.type != "cpu" or torch.compiler.is_compiling():
+        return _centred_sums(rows, threshold, cutoff)  # what rows need is not known to the host, or not yet
+    sums = torch.cat([torch.stack([m.sum(1), _square_sums(m)], dim=1) for m in _magnitudes(rows, threshold, cutoff)])
+    sums = sums.double()
+    total, squares = sums.unbind(1)
+    n = math.prod(rows.shape[1:])
+    close = squares - total.square() / n < CANCELS * squares
+    if n > 1 and close.any():
+        for few in torch.split(close.nonzero().squeeze(1), _rows_at_once(rows)):
+            sums[few] = _centred_sums(rows[few], None if threshold is None else threshold[few], cutoff)
+    return sums
 
-    By way of m - mean(m): its sums may run in the weights' own precision, since V = q - mu^2 then cancels nothing.
-    """
-    columns, at_once = [], _rows_at_once(rows)
-    for start, piece in enumerate(split_rows(rows)):
-        m = piece.to(compute_dtype(piece)).flatten(1).abs()
-        if threshold is not None:
-            bound = threshold[start * at_once : start * at_once + len(piece)].to(m.dtype).unsqueeze(1)
-            taken = torch.minimum(m, bound)
-            m = m.sub_(taken if cutoff == math.inf else taken.mul_(m.clone().lt_(cutoff)))
+
+def _centred_sums(rows: Tensor, threshold: Tensor | None, cutoff: float) -> Tensor:
+    """Sum m and m^2 over each row by way of m - mean(m), whose squares are V and cancel nothing."""
+    columns = []
+    for m in _magnitudes(rows, threshold, cutoff):
         centre = m.mean(1)
         deviation = m.sub_(centre.unsqueeze(1)).sum(1)
         columns.append((centre, deviation, m.square_().sum(1)))
     n, to = math.prod(rows.shape[1:]), accumulator(rows.device)
     centre, deviation, squares = (torch.cat(column).to(to) for column in zip(*columns, strict=True))
     return torch.stack([deviation + n * centre, squares + centre * (2 * deviation + n * centre)], dim=1)
+
+
+def _magnitudes(rows: Tensor, threshold: Tensor | None, cutoff: float) -> Iterator[Tensor]:
+    """Yield |w|, or what a threshold leaves of it, of some rows after the other, shape (some rows, elements)."""
+    at_once = _rows_at_once(rows)
+    for start, piece in enumerate(split_rows(rows)):
+        m = piece.to(compute_dtype(piece)).flatten(1).abs()
+        if threshold is not None:
+            bound = threshold[start * at_once : start * at_once + len(piece)].to(m.dtype).unsqueeze(1)
+            taken = torch.minimum(m, bound)
+            m = m.sub_(taken if cutoff == math.inf else taken.mul_(m.clone().lt_(cutoff)))
+        yield m
+
+
+def _square_sums(m: Tensor) -> Tensor:
+    """Sum the squares of each row by norms of short stretches, see `eager.LENGTH`, where it can be cut into them."""
+    length = m.shape[1]
+    stretch = length if length <= LENGTH else math.gcd(length, LENGTH)
+    if stretch < min(length, SHORTEST):
+        return m.square().sum(1)
+    norms: Tensor = torch.linalg.vector_norm(m.view(len(m), -1, stretch), dim=2)
+    return norms.square_().sum(1)
 
 
 def _no_sums(rows: Tensor) -> Tensor:
