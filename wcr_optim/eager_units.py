@@ -60,7 +60,7 @@ def shrink_units_(
                 within.mul_(x.abs().lt_(cutoff))  # in place, since torch's comparisons to bool take no vectors
             x.sub_(within)
             if before is not None and piece.numel():
-                factor = energy_gain(before[here], _sums(x)[:, 1]) * factor
+                factor = energy_gain(before[here], _square_sums(x.flatten(1)).to(before.dtype)) * factor
             x.mul_(factor.to(dtype).view(by_row))
             if x is not piece:
                 piece.copy_(round_to(x, piece.dtype, noise, piece))
