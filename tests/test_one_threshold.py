@@ -1,6 +1,7 @@
 """Units whose size a normalization layer hides get one threshold, and each keeps its energy."""
 
 import copy
+import itertools
 import math
 import warnings
 
@@ -144,6 +145,14 @@ class TestShrink:
         zeros = torch.zeros(4, dtype=torch.float64)
         shrink_keeping_energy_([w], unit_moments([w]), zeros, zeros + 1)
         assert torch.equal(w.nan_to_num(7.0), before.nan_to_num(7.0))
+
+    @pytest.mark.parametrize("backend", ["eager", pytest.param("compiled", marks=needs_compiler)])
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+    def test_leaves_alone_to_the_bit_what_has_no_threshold(self, dtype, backend):
+        w = torch.randn(600, 37, dtype=dtype)
+        before, zeros = w.clone(), torch.zeros(600, dtype=torch.float64)
+        shrink_keeping_energy_([w], unit_moments([w]), zeros, zeros + 1, backend=backend)
+        assert torch.equal(w, before)
 
     @pytest.mark.parametrize("backend", ["eager", pytest.param("compiled", marks=needs_compiler)])
     @pytest.mark.parametrize("cutoff", [math.inf, 0.5])
@@ -408,3 +417,66 @@ class TestTheTailFallsOn:
             train(*x[:2], 200 - cut, x[2], first=cut)
         assert target.last_tail == resumed[2].last_tail < 3e-4
         assert all(map(torch.equal, layers_of(net), layers_of(resumed[0])))
+
+    def test_it_does_not_climb_back_where_layers_are_taken_for_followed_at_one_measurement_and_not_at_the_next(self):
+        def begun():
+            torch.manual_seed(1)
+            net = nn.Sequential(
+                nn.Conv2d(1, 8, 3, bias=False),
+                nn.BatchNorm2d(8),
+                nn.ReLU(),
+                nn.Conv2d(8, 16, 3, bias=False),
+                nn.BatchNorm2d(16),
+                nn.ReLU(),
+                nn.AdaptiveAvgPool2d(2),
+                nn.Flatten(),
+                nn.Linear(64, 5),
+            )
+            optimizer = WCR(SAM(torch.optim.AdamW(param_groups(net), lr=3e-3), model=net), form="per_unit")
+            schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 300)
+            return net, optimizer, schedule, SparsityTarget(optimizer, 0.9, 300)
+
+        def go_on(run, steps):
+            net, optimizer, schedule, target = run
+            taken = []
+            for step in steps:
+                chosen = torch.randint(0, 512, (32,), generator=torch.Generator().manual_seed(1000 + step))
+
+                def closure(chosen=chosen):
+                    optimizer.zero_grad()
+                    loss = nn.functional.cross_entropy(net(images[chosen]), labels[chosen])
+                    loss.backward()
+                    return loss
+
+                target.step(optimizer.step(closure))
+                schedule.step()
+                taken.append(len(optimizer.scale_invariant))
+            return taken
+
+        generator = torch.Generator().manual_seed(1)
+        images = torch.randn(512, 1, 8, 8, generator=generator)
+        labels = (images.flatten(1) @ torch.randn(64, 5, generator=generator)).argmax(1)
+        run = begun()
+        taken = go_on(run, range(157))  # past one that falls on and one that would not
+        states = [copy.deepcopy(x.state_dict()) for x in run]
+        taken += go_on(run, range(157, 300))
+        assert len(set(taken[150:])) > 1
+        wanted = [row[2] for row in run[-1].history]
+        assert all(after <= before for before, after in itertools.pairwise(wanted))
+        assert wanted[-1] < 3e-4
+        resumed = begun()
+        for x, state in zip(resumed, states, strict=True):
+            x.load_state_dict(state)
+        go_on(resumed, range(157, 300))
+        assert [row[2] for row in resumed[-1].history] == wanted
+        assert all(map(torch.equal, layers_of(run[0]), layers_of(resumed[0])))
+
+    def test_the_plots_goal_is_the_one_at_the_end_of_its_path(self):
+        labels = []
+        for tail_energy in (None, 3e-3):
+            net = normed()
+            optimizer = WCR(torch.optim.AdamW(param_groups(net), lr=1e-2), form="per_unit")
+            target = SparsityTarget(optimizer, 0.8, 100, tail_energy)
+            train(net, optimizer, 100, target)
+            labels += [line.get_label() for line in target.plot().axes[0].lines if "goal" in line.get_label()]
+        assert labels == ["goal 0.0001", "goal 0.003"]

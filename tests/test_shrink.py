@@ -45,6 +45,14 @@ def test_weights_at_the_threshold_become_zero_whatever_the_gain(dtype, size):
         assert not shrink(w, gain, rounded).any(), (gain, threshold)
 
 
+@pytest.mark.parametrize("size", [8, SMALL + 1])
+def test_thresholds_without_bound_take_all_and_nan_is_seen(size):
+    for threshold in (1e39, math.inf):
+        assert not shrink(torch.randn(size), 1.0, threshold).any()
+    assert shrink(torch.randn(size), 1.0, math.nan).isnan().all()
+    assert shrink(torch.randn(size), math.nan, 0.1).isnan().all()
+
+
 def test_a_gain_of_zero_needs_no_threshold():
     for size in (8, SMALL + 1):
         assert not shrink(torch.randn(size), 0.0, math.inf).any()

@@ -1,6 +1,7 @@
 """SparsityTarget: control of small networks, what keeps them alive, resume bit for bit, groups."""
 
 import copy
+import functools
 import itertools
 import math
 import warnings
@@ -24,7 +25,7 @@ from wcr_optim import (
     StrengthSchedule,
     param_groups,
 )
-from wcr_optim.penalties import ScaleFree
+from wcr_optim.penalties import L1, HoyerSquare, PerUnit, ScaleFree
 
 
 class TestControl:
@@ -255,6 +256,62 @@ class TestControl:
             net[0].weight.copy_(weight)
         fit(net, optimizer, target, 5)
         assert target.strengths() != before
+
+    @pytest.mark.parametrize("penalty", [PerUnit(), ScaleFree(), L1(), HoyerSquare()])
+    def test_a_run_that_diverges_is_no_error_of_this_one(self, penalty):
+        """Squares overflow long before magnitudes do: q is infinite then, and mu is not."""
+        net = student()
+        optimizer = Decoupled(BASES["adamw"](param_groups(net)), penalty, 1e-3)
+        target = SparsityTarget(optimizer, 0.9, 100, every=1)
+        fit(net, optimizer, target, 5)
+        before, factors = target.strengths(), target.lr_factors()
+        with torch.no_grad():
+            net[0].weight.mul_(1e25)
+        target.step(1e30)
+        assert (target.strengths(), target.lr_factors()) == (before, factors)
+
+
+class TestAfterwards:
+    """What a target leaves behind does not hold those who set strengths after it."""
+
+    def begun(self, steps, penalty=None):
+        net, penalty = student(), penalty or functools.partial(WCR, form="scale_free")
+        optimizer = penalty(BASES["sgd"](param_groups(net, weight_concentration=1.0)))
+        target = SparsityTarget(optimizer, 0.9, 100)
+        if steps:
+            fit(net, optimizer, target, steps)
+        return net, optimizer, target
+
+    def moved(self, net, optimizer):
+        """Return how far a step of the penalty alone goes."""
+        before = net[0].weight.detach().clone()
+        for p in net.parameters():
+            p.grad = torch.zeros_like(p)
+        optimizer.base.state.clear()
+        optimizer.step()
+        return (net[0].weight.detach() - before).norm().item()
+
+    @pytest.mark.parametrize("steps", [0, 20])
+    def test_a_schedule_takes_over(self, steps):
+        net, optimizer, target = self.begun(steps)
+        optimizer.param_groups[0]["weight_concentration"] = 1.0
+        StrengthSchedule(optimizer, 100)
+        twin = copy.deepcopy(net)
+        bare = WCR(BASES["sgd"](param_groups(twin, weight_concentration=1.0)), form="scale_free")
+        assert self.moved(net, optimizer) == self.moved(twin, bare) > 0.0
+        with pytest.raises(RuntimeError, match="a StrengthSchedule was made for this optimizer"):
+            target.step()
+
+    def test_a_strength_that_is_set_by_hand_is_taken_as_it_is(self):
+        net, optimizer, target = self.begun(20, L1Decay)
+        driven = copy.deepcopy((net, optimizer))
+        distances = []
+        for factor in (1.0, 0.5, 10.0):
+            net, optimizer = copy.deepcopy(driven)
+            optimizer.param_groups[0]["l1_decay"] *= factor
+            distances.append(self.moved(net, optimizer))
+        assert distances[1] < distances[0] < distances[2] / 2
+        assert target.strengths() == [group["l1_decay"] for group in driven[1].param_groups]
 
 
 class TestItDoesNotKill:

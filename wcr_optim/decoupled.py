@@ -98,12 +98,13 @@ class Decoupled(OptimizerWrapper):
     SparsityTarget says which. Inside a graph of torch.compile they get their own.
     """
     driver: str = ""
-    """Name of the SparsityTarget that drives the strength, "" if none does."""
-    longest: Mapping[int, float] | None = None
-    """Bounds on the groups' steps lr * strength; None for no bounds, and no step for a group that is not among them.
+    """Name of the SparsityTarget or StrengthSchedule that drives the strength, "" if none does."""
+    longest: Mapping[int, tuple[float, float]] | None = None
+    """Of each group the longest step lr * strength, and the strength that it belongs to; None for no bounds.
 
-    SparsityTarget sets them: a strength is worked out for an lr, and a scheduler may have raised it since. On a device
-    and inside a graph of torch.compile steps are taken as they are.
+    SparsityTarget sets them: a strength is worked out for an lr, and a scheduler may have raised it since. A group
+    whose bound is 0, or that is not among them, waits for its strength; one that has another strength by now was given
+    it by somebody else, and has no bound. On a device and inside a graph of torch.compile steps are taken as they are.
     """
     cutoff: float = math.inf
     """Magnitude from which that one threshold spares weights; SparsityTarget sets it by what pruning will keep."""
@@ -229,7 +230,9 @@ class Decoupled(OptimizerWrapper):
             return s
         if isinstance(s, Tensor) and s.device.type != "cpu":
             return s
-        most = self.longest.get(number, 0.0)
+        most, worked_out = self.longest.get(number, (0.0, 0.0))
+        if most > 0.0 and float(self.param_groups[number][self.penalty.option]) != worked_out:
+            return s
         return s.clamp(max=most) if isinstance(s, Tensor) else min(s, most)
 
     def _flow(self, moments: Moments, s: Tensor, backend: str) -> tuple[Tensor, Tensor]:

@@ -5,6 +5,7 @@ On the CPU in chunks that stay in cache, small layers packed together; elsewhere
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -159,8 +160,9 @@ def _noise(parts: Sequence[Tensor], seed: int | Tensor | None) -> Noise | None:
 
 def _scaled(gain: Tensor, threshold: Tensor, dtype: torch.dtype) -> list[float]:
     """Return gain * threshold as weights of that dtype are scaled, so that one at its threshold still becomes zero."""
-    # A gain of 0 leaves no weight for a threshold, be it infinite.
-    scaled: list[float] = (gain.to(dtype) * threshold.to(dtype)).where(gain != 0.0, 0.0).tolist()
+    # A gain of 0 leaves no weight for a threshold, be it infinite; torch's softshrink takes no infinite one.
+    products = (gain.to(dtype) * threshold.to(dtype)).where(gain != 0.0, 0.0)
+    scaled: list[float] = products.clamp(max=torch.finfo(dtype).max).tolist()
     return scaled
 
 
@@ -174,7 +176,9 @@ def _scale_and_shrink_piece_(piece: Tensor, gain: float, scaled: float, noise: N
     # In place, so that a piece is all that the two operations keep in cache.
     if gain != 1.0:
         w.mul_(gain)
-    if scaled != 0.0:
+    if math.isnan(scaled):
+        w.mul_(scaled)  # which torch's softshrink refuses
+    elif scaled != 0.0:
         torch.ops.aten.softshrink.out(w, scaled, out=w)
     if w is not piece:
         piece.copy_(round_to(w, piece.dtype, noise, piece))

@@ -60,7 +60,8 @@ def shrink_units_(
                 within.mul_(x.abs().lt_(cutoff))  # in place, since torch's comparisons to bool take no vectors
             x.sub_(within)
             if before is not None and piece.numel():
-                factor = energy_gain(before[here], _square_sums(x.flatten(1)).to(before.dtype)) * factor
+                again = energy_gain(before[here], _square_sums(x.flatten(1)).to(before.dtype))
+                factor = torch.where(own_threshold[here] > 0, again * factor, factor)
             x.mul_(factor.to(dtype).view(by_row))
             if x is not piece:
                 piece.copy_(round_to(x, piece.dtype, noise, piece))

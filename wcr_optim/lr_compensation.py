@@ -58,11 +58,12 @@ class LrCompensation:
         if not self.exponent:
             return
         # A mean of logarithms: a group has one lr, and layers that stay dense bear no factor that sparse ones call for.
-        logarithms = torch.where(layers.q > 0, layers.mu.square() / layers.q, math.nan).log()
+        densities = layers.mu.square() / layers.q
+        logarithms = torch.where((densities > 0) & densities.isfinite(), densities, math.nan).log()
         for index in dict.fromkeys(groups):
             density = math.exp(float(logarithms[[i for i, group in enumerate(groups) if group == index]].nanmean()))
             if math.isnan(density):
-                continue  # nothing but NaN or zeros
+                continue  # nothing but NaN, zeros or overflow
             first = self._first_density.setdefault(index, min(density, EVEN))
             lost = min(max(first / density, 1.0), self._most)
             wanted, least = lost**self.exponent, lost ** min(self.exponent, UNCONDITIONAL)
@@ -86,7 +87,7 @@ class LrCompensation:
         # What an exponent had raised, nothing would move again. The optimizer's own state may come after this one.
         self._undoes = not self.exponent and bool(self._first_density)
         for index in self._strengths.driven():
-            if index < len(factors):
+            if index < len(factors) and (self.exponent or LR_FACTOR in self._strengths.groups[index]):
                 self._set(index, 1.0 if self._undoes else factors[index])
 
     def undo(self) -> None:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from numbers import Integral
 from typing import Any
+from uuid import uuid4
 
 import torch
 from torch import Tensor
@@ -41,6 +42,8 @@ class Strengths:
         self.chain: OptimizerWrapper = outermost(optimizer) or self.decoupled
         self.option = self.decoupled.penalty.option
         self.given = [_number(group[self.option]) for group in self.groups]
+        self.written: dict[int, float] = {}
+        """The strength that each group was last set to; NaN where reading it back would wait for a device."""
         self.reference = max(self.given)
         if self.reference == 0.0:
             raise ValueError(
@@ -82,8 +85,31 @@ class Strengths:
         present, strength = self.groups[index][self.option], level * self.share(index)
         if isinstance(present, Tensor):
             present.fill_(strength)
+            strength = float(present) if present.device.type == "cpu" else math.nan
         else:
             self.groups[index][self.option] = strength
+        self.written[index] = strength
+
+    def take_over(self, kind: str) -> None:
+        """Drive the optimizer's strengths from now on, for an object of some class; what others told it is forgotten.
+
+        Not part of making this: that object's other arguments may still turn out to be wrong.
+        """
+        self._name = f"{kind} {uuid4().hex}"
+        self.decoupled.driver = self._name
+        self.decoupled.longest, self.decoupled.lift_units = None, False
+        self.decoupled.scale_invariant = self.decoupled.seen_invariant = ()
+        self.decoupled.cutoff = math.inf
+
+    def check_driving(self) -> None:
+        """Raise RuntimeError if another object has taken over since."""
+        driver = self.decoupled.driver
+        if driver != self._name:
+            kind, own = (name.partition(" ")[0] for name in (driver, self._name))
+            raise RuntimeError(
+                f"{'another' if kind == own else 'a'} {kind} was made for this optimizer since, and both would set its "
+                f"strengths: call step() of that one alone"
+            )
 
     def separate(self) -> None:
         """Give each group a tensor of its own where one was given for several, which are to go different ways."""
@@ -150,12 +176,18 @@ class StrengthSchedule:
         if not 0.0 <= check_number("final", final) < math.inf:
             raise ValueError(f"final must be a finite number of at least 0, got {final!r}")
         self._strengths = Strengths(optimizer)
+        self._strengths.take_over(type(self).__name__)
         self.warmup, self.shape, self.final = int(warmup), shape, float(final)
         self.steps = 0
         self._set()
 
     def step(self, loss: Any = None) -> None:
-        """Go to the next step's strengths; the loss is taken for the sake of loops that pass one, and not used."""
+        """Go to the next step's strengths; the loss is taken for the sake of loops that pass one, and not used.
+
+        Raises:
+            RuntimeError: If another object drives the optimizer by now, or groups were removed from it.
+        """
+        self._strengths.check_driving()
         self.steps += 1
         self._set()
 

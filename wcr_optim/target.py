@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any, NamedTuple
-from uuid import uuid4
 
 import torch
 from torch import Tensor
@@ -97,13 +96,17 @@ class SparsityTarget:
     threshold, unless with scope="layer", see `invariance.one_threshold`, and it spares weights that pruning will keep:
     those of twice the magnitude below which it would prune now. Where most weights are in such layers, around Adam and
     unless you gave a `tail_energy`, the tail falls on from there, to 1e-4 when 90 % of the run are over: that takes
-    from none that is kept. An `end` as late as that leaves no time for it.
+    from none that is kept. An `end` as late as that leaves no time for it. Where they are so no longer at a later
+    measurement, the tail does not climb back.
 
     It does not kill the network: the strength stops rising where more of it would do nothing (a form that saturates),
     where the penalty would take a layer's energy away or has done so (l1), and where the smoothed training loss rises
     too far above the best it has been: by `max_dense_cost`, or, without one, by most of what training gained (by as
     much as it was at the start, in fine-tuning).
-    If the goal was not reached at `total_steps`, a warning says how far it got and what stood in the way.
+    If the tail is more than 1.5 times `tail_energy` at `total_steps` (3e-3 where it falls on), a warning says how far
+    it got and what stood in the way.
+
+    A strength that you set in a group afterwards holds, and a `StrengthSchedule` made then takes over.
 
     Every rank of a distributed run must call `step`, with or without a loss: the loss is averaged over the ranks at
     every step, the tail of sharded weights summed at every measurement. The state is the same on all ranks.
@@ -185,15 +188,16 @@ class SparsityTarget:
         self._lr_compensation = LrCompensation(self._strengths, self.sparsity, self.lr_exponent)
         # Where each layer has a goal of its own, units keep the thresholds of their own flow.
         self._one_threshold = scope == "global" and isinstance(self._penalty, PerUnit)
-        base.driver = self._name = uuid4().hex
-        base.scale_invariant = base.seen_invariant = ()  # what another object before this one said
-        base.cutoff = math.inf
+        self._strengths.take_over(type(self).__name__)
         self.steps = 0
         self.last_tail = math.nan
         self.history: list[list[float]] = []
         self._loops: list[Loop] = []
         self._first_energy: dict[str, float] = {}
         self._loss = LossTrend()
+        # How far the tail has been told to fall on: it does not climb back where a layer is taken for one that
+        # BatchNorm follows at one measurement and not at the next, as around SAM, whose gradients are from beside it.
+        self._fallen = 0.0
         self._bound_steps()
         if isinstance(self._penalty, InverseVariance):
             warnings.warn(
@@ -227,11 +231,7 @@ class SparsityTarget:
             RuntimeError: If another object drives the optimizer by now, or groups were removed from it.
 
         """
-        if self._strengths.decoupled.driver != self._name:
-            raise RuntimeError(
-                "another SparsityTarget was made for this optimizer since, and both would set its strengths: call "
-                "step() of that one alone"
-            )
+        self._strengths.check_driving()
         if loss is None and self.max_dense_cost is not None:
             raise ValueError(f"max_dense_cost={self.max_dense_cost!r} needs the training loss: call step(loss)")
         self._find_loops()
@@ -256,9 +256,13 @@ class SparsityTarget:
         run = self.steps / self.total_steps
         first = max(first_tail, self.tail_energy)  # if it is sparse already, what it rises by below is no excess
         wanted = first * math.pow(self.tail_energy / first, _progress(run, self.start, self.end))
-        if self._last_goal < self.tail_energy and self.end < SPARED_END and self._spares_most():
-            wanted *= math.pow(self._last_goal / self.tail_energy, _progress(run, self.end, SPARED_END))
-        return wanted
+        return wanted * math.pow(self._last_goal / self.tail_energy, max(self._fallen, self._fall()))
+
+    def _fall(self) -> float:
+        """Return how much of the way to its last goal the tail shall be by now, where most weights are spared."""
+        if self._last_goal == self.tail_energy or self.end >= SPARED_END or not self._spares_most():
+            return 0.0
+        return _progress(self.steps / self.total_steps, self.end, SPARED_END)
 
     def _spares_most(self) -> bool:
         """Whether most weights are in layers where those that pruning will keep are spared."""
@@ -278,11 +282,12 @@ class SparsityTarget:
             # In columns and pairs, since torch.distributed.checkpoint loads into the keys that a new object has, and
             # takes no list of dicts for a value.
             "loops": {field.name: [getattr(loop, field.name) for loop in loops] for field in fields(Loop)},
-            "longest": [list(pair) for pair in (base.longest or {}).items()],
+            "longest": [[index, *bound] for index, bound in (base.longest or {}).items()],
             "first_energy": [list(pair) for pair in self._first_energy.items()],
             **self._lr_compensation.state_dict(),
             "scale_invariant": [list(place) for place in base.scale_invariant],
             "cutoff": base.cutoff,
+            "fallen": self._fallen,
             "seen_invariant": [
                 [*place, bool(hidden)]
                 for places, flags in base.seen_invariant
@@ -310,6 +315,7 @@ class SparsityTarget:
         loss.load_state_dict(state_dict["loss"])
         self._strengths.load(state_dict["given"], state_dict["reference"])
         self._loss, self.steps, self.last_tail = loss, steps, last_tail
+        self._fallen = state_dict.get("fallen", 0.0)
         self._loops, self._first_energy, self.history = loops, energy, history
         for loop in self._loops:
             self._set(loop)
@@ -324,7 +330,10 @@ class SparsityTarget:
             base.cutoff = state_dict.get("cutoff", math.inf)
         self._bound_steps()
         if "longest" in state_dict:  # the lr may be loaded only later
-            base.longest = dict(state_dict["longest"])
+            written = self._strengths.written
+            base.longest = {  # states of earlier versions do not say to which strength they belong
+                index: (most, *(of or (written.get(index, math.nan),))) for index, most, *of in state_dict["longest"]
+            }
         self._ask_for_lifts()
 
     def _find_loops(self) -> None:
@@ -360,13 +369,13 @@ class SparsityTarget:
     def _bound_steps(self) -> None:
         """Let no group's step be longer than its loop has found, nor any while that has not begun."""
         groups, driven = self._strengths.groups, set(self._strengths.driven())
-        longest = {index: math.inf for index in range(len(groups)) if index not in driven}
+        longest = {index: (math.inf, 0.0) for index in range(len(groups)) if index not in driven}
         for loop in self._loops:
             lr = self._lr(loop)
             for index in loop.groups:
                 if loop.has_begun and index < len(groups):
                     share = self._strengths.share(index) * (float(groups[index]["lr"]) / lr if lr > 0.0 else 1.0)
-                    longest[index] = ROUNDING * loop.longest * share
+                    longest[index] = (ROUNDING * loop.longest * share, self._strengths.written.get(index, math.nan))
         self._strengths.decoupled.longest = longest
 
     def _ask_for_lifts(self) -> None:
@@ -394,6 +403,7 @@ class SparsityTarget:
         if measured.seen_invariant:
             seen = measured.seen_invariant.items()
             self._strengths.decoupled.scale_invariant = [place for place, invariant in seen if invariant]
+        self._fallen = max(self._fallen, self._fall())
         if self._one_threshold and 0.0 < measured.energies[0][1] < math.inf:
             self._strengths.decoupled.cutoff = SPARED * measured.threshold
         self._strengths.decoupled.seen_invariant = ()
@@ -405,7 +415,8 @@ class SparsityTarget:
             self._loops, layers, measured.layers, measured.energies, strict=True
         ):
             lr = max(float(self._strengths.groups[index]["lr"]) for index in loop.groups)
-            if not (math.isfinite(energies[1]) and energies[1] > 0.0 and lr >= 0.0):
+            finite = math.isfinite(energies[1]) and bool(of_layers.q.isfinite().all())
+            if not (finite and energies[1] > 0.0 and lr >= 0.0):
                 if lr > 0.0:
                     loop.obstacle = NO_WEIGHTS
                 continue  # an overflow under way, or nothing to prune: no reason to move
@@ -503,7 +514,8 @@ class SparsityTarget:
         """
         from wcr_optim.plots import training_curves
 
-        return training_curves(self.history, path, accuracy, goal=self.tail_energy)
+        goal = self._last_goal if self._fallen else self.tail_energy
+        return training_curves(self.history, path, accuracy, goal=goal)
 
 
 def _progress(run: float, start: float, end: float) -> float:

@@ -47,7 +47,8 @@ class OptimizerWrapper(Optimizer):
 
     `param_groups`, `state` and `defaults` are the base's own; options of the wrapper live in the groups under their
     own keys, so they can be set per group, scheduled, and are saved with the base's. A group's
-    "base_lr_factor" multiplies its lr in the base's update and nowhere else (`SparsityTarget` sets it).
+    "base_lr_factor" multiplies its lr in the base's update and nowhere else (`SparsityTarget` sets it); one that is a
+    tensor on a device multiplies AdamW's decay, too.
 
     Args:
         base: The optimizer to wrap.
@@ -192,7 +193,10 @@ class OptimizerWrapper(Optimizer):
 
     @contextmanager
     def _lr_of_base(self) -> Iterator[None]:
-        """Have lr * base_lr_factor for lr in the groups that have a factor, for a block; AdamW decays as without it."""
+        """Have lr * base_lr_factor for lr in the groups that have a factor, for a block.
+
+        AdamW decays as without it, but where a factor is a tensor on a device, which its kernels take for no decay.
+        """
         given: dict[tuple[int, str], tuple[Any, Any]] = {}  # what was there, and what took its place
         try:
             for index, group in enumerate(self.param_groups):
@@ -200,8 +204,8 @@ class OptimizerWrapper(Optimizer):
                 if _is_one(factor):
                     continue
                 changes = {"lr": group["lr"] * factor}
-                if not isinstance(factor, Tensor) and factor > 0.0 and self._decays_by_lr(group):
-                    changes["weight_decay"] = group["weight_decay"] / factor
+                if _is_at_hand(factor) and factor > 0.0 and self._decays_by_lr(group):
+                    changes["weight_decay"] = group["weight_decay"] / float(factor)
                 for key, value in changes.items():
                     given[index, key] = group[key], value
                     group[key] = value
@@ -415,6 +419,11 @@ def _copy(value: Any) -> Any:
 def _is_one(factor: float | Tensor) -> bool:
     """Return whether a factor changes nothing; of a tensor that is not known without waiting for its device."""
     return not isinstance(factor, Tensor) and factor == 1.0
+
+
+def _is_at_hand(factor: float | Tensor) -> bool:
+    """Return whether a factor can be read without waiting for a device or breaking a graph."""
+    return not isinstance(factor, Tensor) or (factor.device.type == "cpu" and not torch.compiler.is_compiling())
 
 
 def _is_one_of_several() -> bool:

@@ -32,8 +32,9 @@ class CrAM(TwoPass):
 
     and the base steps from w with h, or with h + g in the authors' CrAM+, whose dense model is better. rho g is not
     normalised. C prunes all tensors of two or more dimensions that have a gradient, together, to exactly one of the
-    given sparsities, drawn for each step (CrAM-Multi); with a pattern, each on its own to n of every m weights along
-    its input dimension, the second one, where that is a multiple of m. Other parameters are perturbed and not pruned.
+    given sparsities, drawn for each step (CrAM-Multi); of DTensors it keeps all weights that equal the smallest kept
+    one, of which bfloat16 has many. With a pattern, it prunes each on its own to n of every m weights along its input
+    dimension, the second one, where that is a multiple of m. Other parameters are perturbed and not pruned.
 
     Clipping before first_step() changes the method, since rho g is not normalised. So does a GradScaler's scale:
     give it as scaler=. Under DDP both passes' gradients are reduced, as `needs_reduction` says: all ranks must prune
