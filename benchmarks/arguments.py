@@ -7,6 +7,7 @@ from argparse import ArgumentTypeError
 from collections.abc import Callable, Iterable
 from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import TypeVar
 
 import torch
@@ -19,12 +20,14 @@ def prepare_for_pictures(*folders: Path) -> None:
 
     Raises:
         ImportError: If matplotlib is not installed.
-        OSError: If one of the folders is not there and cannot be made.
+        OSError: If one of the folders cannot be made or written to.
     """
     if find_spec("matplotlib") is None:
         raise ImportError("the pictures at the end need matplotlib: pip install 'wcr_optim[bench]'")
     for folder in folders:
         folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=folder):
+            pass
 
 
 def count(text: str) -> int:

@@ -47,7 +47,12 @@ class Trial:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the demo; see ``--help``."""
-    options = _parse(argv)
+    parser = _parser()
+    options = parser.parse_args(argv)
+    try:
+        arguments.prepare_for_pictures(Path(options.output))
+    except (ImportError, OSError) as error:
+        parser.error(str(error))
     methods = _methods(options)
     trials = [
         Trial(method, _strength(method, options), seed, options.epochs, options.split)
@@ -71,6 +76,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    return _parser().parse_args(argv)
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks demo", description=__doc__.splitlines()[0])
     parser.add_argument(
         "--methods",
@@ -98,12 +107,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--split", choices=("test", "validation"), default="test", help="images to measure accuracy on")
     parser.add_argument("--jobs", type=arguments.count, default=2, help="runs at a time, one core each (default: 2)")
     parser.add_argument("--output", default="results", help="folder of demo.png and demo.csv (default: results)")
-    options = parser.parse_args(argv)
-    try:
-        arguments.prepare_for_pictures(Path(options.output))
-    except (ImportError, OSError) as error:
-        parser.error(str(error))
-    return options
+    return parser
 
 
 def _methods(options: argparse.Namespace) -> list[Method]:

@@ -302,6 +302,30 @@ class TestAfterwards:
         with pytest.raises(RuntimeError, match="a StrengthSchedule was made for this optimizer"):
             target.step()
 
+    @pytest.mark.parametrize("order", [(StrengthSchedule, SparsityTarget), (SparsityTarget, StrengthSchedule)])
+    @pytest.mark.parametrize("last", ["optimizer", "drivers"])
+    def test_a_resumed_run_goes_on_with_the_last_of_two_that_drove_it(self, order, last):
+        def made(optimizer):
+            return lambda kind: kind(optimizer, total_steps=100)
+
+        net = student()
+        optimizer = WCR(BASES["sgd"](param_groups(net, weight_concentration=1.0)), form="scale_free")
+        drivers = []
+        for kind in order:
+            drivers.append(made(optimizer)(kind))
+            fit(net, optimizer, drivers[-1], 30)
+        states = [copy.deepcopy(x.state_dict()) for x in (optimizer, *drivers)]
+        twin = copy.deepcopy(net)
+        resumed = WCR(BASES["sgd"](param_groups(twin, weight_concentration=1.0)), form="scale_free")
+        loading = [*zip((resumed, *map(made(resumed), order)), states, strict=True)]
+        for x, state in loading if last == "drivers" else [*loading[1:], loading[0]]:
+            x.load_state_dict(state)
+        assert [g["weight_concentration"] for g in resumed.param_groups] == drivers[-1].strengths()
+        assert resumed.longest == optimizer.longest
+        for run in ((net, optimizer, drivers[-1]), (twin, resumed, loading[-1][0])):
+            fit(*run, 20)
+        assert_same(net, twin)
+
     def test_a_strength_that_is_set_by_hand_is_taken_as_it_is(self):
         net, optimizer, target = self.begun(20, L1Decay)
         driven = copy.deepcopy((net, optimizer))

@@ -153,6 +153,20 @@ def test_around_the_drop_ins(fused):
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.skipif(not hasattr(torch.Tensor, "grad_dtype"), reason="gradients have their weight's dtype here")
+@pytest.mark.parametrize(("dtype", "of_gradient"), [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)])
+def test_gradients_of_another_dtype_than_the_weights(dtype, of_gradient):
+    w = torch.nn.Parameter(torch.randn(768, 768).to(dtype))
+    w.grad_dtype = of_gradient
+    optimizer = WCR(torch.optim.SGD([w], lr=1e-2), form="per_unit")
+    target = SparsityTarget(optimizer, 0.9, 100)
+    for _ in range(3):
+        w.grad = torch.randn(768, 768).to(of_gradient)
+        optimizer.step()
+        target.step(1.0)
+    assert w.isfinite().all()
+
+
 def test_a_target_needs_no_more_of_it():
     w = torch.nn.Parameter(torch.randn(30, 50, generator=torch.Generator().manual_seed(0)))
     optimizer = WCR(torch.optim.SGD([w], lr=0.1), form="per_unit")

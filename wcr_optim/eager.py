@@ -169,7 +169,7 @@ def _scaled(gain: Tensor, threshold: Tensor, dtype: torch.dtype) -> list[float]:
 def _scale_and_shrink_piece_(piece: Tensor, gain: float, scaled: float, noise: Noise | None) -> None:
     """Apply w <- softshrink(gain * w, scaled) to a piece of a layer on the CPU.
 
-    Scaled first: the simpler the operation that meets the weights in memory, the less it waits for it.
+    Scaled first: the simpler the operation that reads from memory, the less time is lost in waiting for it.
     """
     dtype = compute_dtype(piece)
     w = piece if piece.dtype == dtype else piece.to(dtype)

@@ -48,7 +48,7 @@ def shrink_units_(
     energies = [None] * len(rows) if energy is None else torch.split(energy, sizes)
     columns = zip(rows, torch.split(gain, sizes), torch.split(threshold, sizes), energies, strict=True)
     for w, own_gain, own_threshold, before in columns:
-        dtype, at_once = compute_dtype(w), _rows_at_once(w)
+        dtype, at_once = compute_dtype(w), rows_at_once(w)
         by_row = (-1, *[1] * (w.ndim - 1))
         for start, piece in enumerate(torch.split(w, at_once)):
             here = slice(start * at_once, start * at_once + len(piece))
@@ -92,10 +92,10 @@ def rows_of(part: Tensor) -> Tensor:
 
 def split_rows(rows: Tensor) -> tuple[Tensor, ...]:
     """Cut a tensor into pieces of whole rows that fit the cache, at least one row each."""
-    return torch.split(rows, _rows_at_once(rows))
+    return torch.split(rows, rows_at_once(rows))
 
 
-def _rows_at_once(rows: Tensor) -> int:
+def rows_at_once(rows: Tensor) -> int:
     """Count the whole rows of a weight that fit a chunk, at least one."""
     chunk = DEVICE_CHUNK if rows.device.type != "cpu" else PIECE if rows.element_size() < 4 else CHUNK
     return max(1, chunk // max(1, math.prod(rows.shape[1:])))
@@ -111,7 +111,7 @@ def _sums(rows: Tensor, threshold: Tensor | None = None, cutoff: float = math.in
     n = math.prod(rows.shape[1:])
     close = squares - total.square() / n < CANCELS * squares
     if n > 1 and close.any():
-        for few in torch.split(close.nonzero().squeeze(1), _rows_at_once(rows)):
+        for few in torch.split(close.nonzero().squeeze(1), rows_at_once(rows)):
             sums[few] = _centred_sums(rows[few], None if threshold is None else threshold[few], cutoff)
     return sums
 
@@ -129,8 +129,8 @@ def _centred_sums(rows: Tensor, threshold: Tensor | None, cutoff: float) -> Tens
 
 
 def _magnitudes(rows: Tensor, threshold: Tensor | None, cutoff: float) -> Iterator[Tensor]:
-    """Yield |w|, or what a threshold leaves of it, of some rows after the other, shape (some rows, elements)."""
-    at_once = _rows_at_once(rows)
+    """Yield |w|, or what a threshold leaves of it, a few rows at a time, shape (some rows, elements)."""
+    at_once = rows_at_once(rows)
     for start, piece in enumerate(split_rows(rows)):
         m = piece.to(compute_dtype(piece)).flatten(1).abs()
         if threshold is not None:

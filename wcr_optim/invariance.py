@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from wcr_optim.eager_units import number_of_units, rows_of, split_rows
+from wcr_optim.eager_units import number_of_units, rows_at_once, rows_of
 from wcr_optim.layout import as_dtensor, local, sum_over_shards
 from wcr_optim.moments import Moments
 from wcr_optim.precision import accumulator, compute_dtype
@@ -120,7 +120,9 @@ def _products(w: Tensor) -> Tensor:
     if gradient is None or not part.numel():
         return torch.zeros(number_of_units(w), 2, dtype=accumulator(part.device), device=part.device)
     result = []
-    for rows, of_gradient in zip(split_rows(rows_of(part)), split_rows(rows_of(gradient)), strict=True):
+    both = rows_of(part), rows_of(gradient)  # of two dtypes, maybe, so that each would be cut in its own way
+    at_once = rows_at_once(both[0])
+    for rows, of_gradient in zip(*(torch.split(x, at_once) for x in both), strict=True):
         x, g = (piece.to(compute_dtype(piece)).flatten(1) for piece in (rows, of_gradient))
         result.append(torch.stack([torch.linalg.vecdot(x, g), torch.linalg.vecdot(g, g)], dim=1))
     return torch.cat(result).to(accumulator(part.device))

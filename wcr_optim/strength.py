@@ -91,9 +91,11 @@ class Strengths:
         self.written[index] = strength
 
     def take_over(self, kind: str) -> None:
-        """Drive the optimizer's strengths from now on, for an object of some class; what others told it is forgotten.
+        """Drive the optimizer's strengths from now on, for an object of some class.
 
-        Not part of making this: that object's other arguments may still turn out to be wrong.
+        The bounds and thresholds that another one told the optimizer are forgotten; the groups' "base_lr_factor" is
+        left as it is, since it may be anybody's. Not part of making this: that object's other arguments may still turn
+        out to be wrong.
         """
         self._name = f"{kind} {uuid4().hex}"
         self.decoupled.driver = self._name
@@ -101,11 +103,15 @@ class Strengths:
         self.decoupled.scale_invariant = self.decoupled.seen_invariant = ()
         self.decoupled.cutoff = math.inf
 
+    @property
+    def drives(self) -> bool:
+        """Whether no other object has taken over since."""
+        return self.decoupled.driver == self._name
+
     def check_driving(self) -> None:
         """Raise RuntimeError if another object has taken over since."""
-        driver = self.decoupled.driver
-        if driver != self._name:
-            kind, own = (name.partition(" ")[0] for name in (driver, self._name))
+        if not self.drives:
+            kind, own = (name.partition(" ")[0] for name in (self.decoupled.driver, self._name))
             raise RuntimeError(
                 f"{'another' if kind == own else 'a'} {kind} was made for this optimizer since, and both would set its "
                 f"strengths: call step() of that one alone"
@@ -149,6 +155,9 @@ class StrengthSchedule:
 
     To resume, make it before the optimizer's state is loaded, since it takes the strengths that it finds for the
     largest ones, and then load its own.
+
+    After a run that SparsityTarget drove, it takes over; the "base_lr_factor" that was reached stays in the groups, so
+    set that to 1.0 where the lr shall be what it says.
 
     A schedule of one's own needs no class: set `group["weight_concentration"]` (or the key of another penalty) before
     each `optimizer.step()`.
@@ -219,7 +228,8 @@ class StrengthSchedule:
         steps = state_dict["steps"]
         self._strengths.load(state_dict["given"], state_dict["reference"])
         self.steps = steps
-        self._set()
+        if self._strengths.drives:
+            self._set()
 
     def _set(self) -> None:
         for index in self._strengths.driven():

@@ -96,8 +96,8 @@ class SparsityTarget:
     threshold, unless with scope="layer", see `invariance.one_threshold`, and it spares weights that pruning will keep:
     those of twice the magnitude below which it would prune now. Where most weights are in such layers, around Adam and
     unless you gave a `tail_energy`, the tail falls on from there, to 1e-4 when 90 % of the run are over: that takes
-    from none that is kept. An `end` as late as that leaves no time for it. Where they are so no longer at a later
-    measurement, the tail does not climb back.
+    from none that is kept. An `end` as late as that leaves no time for it. Should a later measurement find fewer in
+    such layers, the tail stays where it is.
 
     It does not kill the network: the strength stops rising where more of it would do nothing (a form that saturates),
     where the penalty would take a layer's energy away or has done so (l1), and where the smoothed training loss rises
@@ -106,7 +106,8 @@ class SparsityTarget:
     If the tail is more than 1.5 times `tail_energy` at `total_steps` (3e-3 where it falls on), a warning says how far
     it got and what stood in the way.
 
-    A strength that you set in a group afterwards holds, and a `StrengthSchedule` made then takes over.
+    A strength that you set afterwards, in a group that was driven, holds; groups that were added since the last `step`
+    get no penalty. A `StrengthSchedule` made then takes over all of them.
 
     Every rank of a distributed run must call `step`, with or without a loss: the loss is averaged over the ranks at
     every step, the tail of sharded weights summed at every measurement. The state is the same on all ranks.
@@ -196,7 +197,7 @@ class SparsityTarget:
         self._first_energy: dict[str, float] = {}
         self._loss = LossTrend()
         # How far the tail has been told to fall on: it does not climb back where a layer is taken for one that
-        # BatchNorm follows at one measurement and not at the next, as around SAM, whose gradients are from beside it.
+        # BatchNorm follows at one measurement and not at the next, as around SAM, whose gradients are taken beside it.
         self._fallen = 0.0
         self._bound_steps()
         if isinstance(self._penalty, InverseVariance):
@@ -300,6 +301,9 @@ class SparsityTarget:
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Go on from a state of `state_dict`; before or after the optimizer's own is loaded.
 
+        After it, if strengths were set by hand since the last measurement and shall be kept until the next one. Where
+        another object has taken over since this one was made, nothing of the optimizer is changed.
+
         Raises:
             ValueError: If it had more groups than there are, or another scope; nothing is changed then.
         """
@@ -317,6 +321,8 @@ class SparsityTarget:
         self._loss, self.steps, self.last_tail = loss, steps, last_tail
         self._fallen = state_dict.get("fallen", 0.0)
         self._loops, self._first_energy, self.history = loops, energy, history
+        if not self._strengths.drives:
+            return
         for loop in self._loops:
             self._set(loop)
         self._lr_compensation.load_state_dict(state_dict)
@@ -514,7 +520,9 @@ class SparsityTarget:
         """
         from wcr_optim.plots import training_curves
 
-        goal = self._last_goal if self._fallen else self.tail_energy
+        # Where the path has ended, or will if it goes on as it has begun to.
+        fallen = 1.0 if self._fallen and self.steps < self.total_steps else self._fallen
+        goal = self.tail_energy * math.pow(self._last_goal / self.tail_energy, fallen)
         return training_curves(self.history, path, accuracy, goal=goal)
 
 

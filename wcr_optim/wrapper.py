@@ -48,7 +48,7 @@ class OptimizerWrapper(Optimizer):
     `param_groups`, `state` and `defaults` are the base's own; options of the wrapper live in the groups under their
     own keys, so they can be set per group, scheduled, and are saved with the base's. A group's
     "base_lr_factor" multiplies its lr in the base's update and nowhere else (`SparsityTarget` sets it); one that is a
-    tensor on a device multiplies AdamW's decay, too.
+    tensor on an accelerator, or any tensor inside a graph of torch.compile, multiplies AdamW's decay, too.
 
     Args:
         base: The optimizer to wrap.
@@ -195,7 +195,7 @@ class OptimizerWrapper(Optimizer):
     def _lr_of_base(self) -> Iterator[None]:
         """Have lr * base_lr_factor for lr in the groups that have a factor, for a block.
 
-        AdamW decays as without it, but where a factor is a tensor on a device, which its kernels take for no decay.
+        AdamW decays as without it, but where a factor is a tensor that is not at hand, on an accelerator or in a graph.
         """
         given: dict[tuple[int, str], tuple[Any, Any]] = {}  # what was there, and what took its place
         try:
