@@ -75,7 +75,7 @@ def test_bad_arguments_are_named_before_anything_is_done(line, said, capsys, mon
 
 
 def test_methods_and_forms_that_are_named_twice_run_once():
-    options = demo._parse(["--methods", "sgd,sam,sgd", "--forms", "wcr,wcr"])
+    options = demo._parser().parse_args(["--methods", "sgd,sam,sgd", "--forms", "wcr,wcr"])
     assert [method.name for method in demo._methods(options)] == ["sgd", "sgd+wcr", "sgd+sam", "sgd+sam+wcr"]
 
 

@@ -336,9 +336,9 @@ class SparsityTarget:
             base.cutoff = state_dict.get("cutoff", math.inf)
         self._bound_steps()
         if "longest" in state_dict:  # the lr may be loaded only later
-            written = self._strengths.written
-            base.longest = {  # states of earlier versions do not say to which strength they belong
-                index: (most, *(of or (written.get(index, math.nan),))) for index, most, *of in state_dict["longest"]
+            base.longest = {  # states of earlier versions do not say to which strength a bound belongs
+                index: (most, of[0] if of else self._strengths.written.get(index, math.nan))
+                for index, most, *of in state_dict["longest"]
             }
         self._ask_for_lifts()
 
