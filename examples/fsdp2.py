@@ -20,6 +20,7 @@ import json
 import math
 import os
 import shutil
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -209,8 +210,11 @@ def run(options: argparse.Namespace, device: torch.device) -> None:
         weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
         if dist.get_rank() == 0:
             torch.save(weights, options.output)
-    # No rank leaves while another saves, or while gloo's threads hold tensors of Python's, which can abort its exit.
-    dist.barrier()
+    dist.barrier()  # no rank leaves while another saves
+    if device.type == "cpu":
+        # gloo's threads let go of a tensor a moment after the main thread has it, and one that does so while Python
+        # ends aborts the process (pytorch/pytorch#179291).
+        time.sleep(0.5)
 
 
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
