@@ -17,7 +17,7 @@ from pathlib import Path
 from benchmarks import arguments, runner, tasks, tuning
 from benchmarks.methods import BASES, Method
 from benchmarks.report import cell, filled
-from benchmarks.trials import COLUMNS, KEY, NUMBERS, Trial, prepare, run_trial, steps_of
+from benchmarks.trials import COLUMNS, KEY, NUMBERS, Trial, check_data, prepare, run_trial, steps_of
 from wcr_optim.files import written_whole
 
 VARIANTS: dict[str, list[tuple[str, str, str]]] = {
@@ -76,7 +76,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             known = tasks.task(task).lr
             if o.base not in known:
                 raise ValueError(f"task {task} has no setting for --base {o.base}; it has {', '.join(known)}")
-        results.read()
+        for task in o.tasks:
+            check_data(task, results.read())
     except (ValueError, OSError, ImportError) as error:
         parser.error(str(error))
     work = functools.partial(_run, o.device)

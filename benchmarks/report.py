@@ -273,9 +273,9 @@ def section(rows: Rows, task: str) -> str:
     kind = tasks.task(task)
     unit = {"bits_per_byte": "bits per byte, lower is better"}.get(kind.metric, f"{kind.metric} in percent")
     said = [
-        f"Data: {kind.data}. {_steps(rows, kind)} steps. {unit[0].upper() + unit[1:]}; mean ± sample standard "
-        f"deviation over {_seeds(rows, task)} on the test split, dense value in parentheses, then the strength "
-        f"(or rho) that the validation split chose at that sparsity. Gradients, seconds and sharpness (the "
+        f"Data: {kind.data}{_hashes(rows, task)}. {_steps(rows, kind)} steps. {unit[0].upper() + unit[1:]}; mean ± "
+        f"sample standard deviation over {_seeds(rows, task)} on the test split, dense value in parentheses, then the "
+        f"strength (or rho) that the validation split chose at that sparsity. Gradients, seconds and sharpness (the "
         f"eigenvalue of largest magnitude of the loss's Hessian) are means over the row.",
         table(rows, task),
         f"Only strengths, and results, whose dense value is within {kind.tolerance:g} of the baseline's:",
@@ -291,6 +291,12 @@ def _seeds(rows: Rows, task: str) -> str:
     counts = Counter(method for method, _ in seen).values()
     least, most = min(counts, default=0), max(counts, default=0)
     return f"{least} to {most} seeds" if least < most else f"{most} seed{'s' if most != 1 else ''}"
+
+
+def _hashes(rows: Rows, task: str) -> str:
+    """Name the data that was measured on, which need not be what this machine has."""
+    found = sorted({row["data_hash"] for row in rows if row["task"] == task} - {""})
+    return f", sha256 {', '.join(found)}" if found else ""
 
 
 def _steps(rows: Rows, kind: tasks.Task) -> str:

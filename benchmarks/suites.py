@@ -26,7 +26,18 @@ from benchmarks import report, runner, tasks, tuning
 from benchmarks.arguments import count, device, listed, names, prepare_for_pictures, sparsity
 from benchmarks.methods import SHARPNESS, Method
 from benchmarks.tasks import SPARSITIES
-from benchmarks.trials import COLUMNS, KEY, NUMBERS, OF_RUNS, Trial, prepare, read_options, run_trial, steps_of
+from benchmarks.trials import (
+    COLUMNS,
+    KEY,
+    NUMBERS,
+    OF_RUNS,
+    Trial,
+    check_data,
+    prepare,
+    read_options,
+    run_trial,
+    steps_of,
+)
 from wcr_optim import SparsityTarget
 
 SUITES = {
@@ -158,7 +169,9 @@ def _parse(suite: str, argv: Sequence[str] | None) -> argparse.Namespace:
         for name in o.methods or ("sgd+target",):
             _try(Method.of(name), o.options)
         prepare_for_pictures(o.output)
-        runner.Results(o.output / f"{suite}.csv", COLUMNS, KEY, NUMBERS).read()
+        rows = runner.Results(o.output / f"{suite}.csv", COLUMNS, KEY, NUMBERS).read()
+        for task in o.tasks:
+            check_data(task, rows)
     except (ValueError, OSError, ImportError) as error:
         parser.error(str(error))
     return o

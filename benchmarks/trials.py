@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from benchmarks import tasks
 from benchmarks.curvature import largest_eigenvalue
-from benchmarks.devices import mixed_precision
+from benchmarks.devices import mixed_precision, settle
 from benchmarks.methods import Method
 from benchmarks.tasks import SPARSITIES, Task
 from wcr_optim import pruning
@@ -35,6 +35,7 @@ MEASURED = (
     "tail",
     "sharpness",
     "device",
+    "data_hash",
     "warned",
 )
 RANDOM_DRAWS = 3
@@ -108,6 +109,22 @@ def steps_of(trial: Trial) -> int:
     return max(1, (trial.steps or tasks.task(trial.task).steps) // int(trial.settings.get("batch", 1)))
 
 
+def check_data(task: str, rows: Iterable[Mapping[str, str]]) -> None:
+    """Raise if rows of a task are of other data than is here: both would be taken for runs of one kind.
+
+    Raises:
+        ValueError: If they are.
+
+    """
+    here = tasks.task(task).data_hash
+    other = {row["data_hash"] for row in rows if row["task"] == task} - {here}
+    if other:
+        raise ValueError(
+            f"the results hold runs of task {task} on other data (sha256 {', '.join(sorted(other))}) than is here "
+            f"({here}); name another --output"
+        )
+
+
 def prepare(task: str) -> None:
     """Build a task's model once, which leaves what comes before it, such as a pre-training, in the task's cache."""
     tasks.task(task).model(0)
@@ -124,6 +141,7 @@ def train(trial: Trial, device: str = "cpu", progress: Callable[[], None] = lamb
     Raises:
         DivergedError: If the loss or a weight is not finite.
     """
+    settle(device)
     task, method, settings = tasks.task(trial.task), Method.of(trial.method), trial.settings
     lr = task.lr[method.base] * settings.pop("lr", 1.0)
     weight_decay = settings.pop("wd", task.weight_decay[method.base])
@@ -136,6 +154,7 @@ def train(trial: Trial, device: str = "cpu", progress: Callable[[], None] = lamb
     )
     follower = method.follower(optimizer, network, task, trial.goal, steps, settings)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    forward = torch.compile(network) if task.compiled and device == "cuda" else network
     evaluations, warned, started = 0, "", time.perf_counter()
     network.train()
     for batch in task.batches(trial.seed, steps, scale):
@@ -146,7 +165,7 @@ def train(trial: Trial, device: str = "cpu", progress: Callable[[], None] = lamb
             evaluations += 1
             optimizer.zero_grad()
             with mixed_precision(device):
-                loss = task.loss(network, batch)
+                loss = task.loss(forward, batch)
             loss.backward()
             return loss
 
@@ -183,7 +202,8 @@ def run_trial(
     try:
         trained = train(trial, device, progress)
     except DivergedError as error:
-        return [asdict(trial) | dict.fromkeys(MEASURED, "") | {"device": device, "warned": f"diverged: {error}"}]
+        said = {"device": device, "data_hash": tasks.task(trial.task).data_hash, "warned": f"diverged: {error}"}
+        return [asdict(trial) | dict.fromkeys(MEASURED, "") | said]
     found = list(measure(trial, trained, sparsities))
     sharpness = curvature(trial, trained.network, device) if trial.split == "test" else math.nan
     common = {
@@ -193,6 +213,7 @@ def run_trial(
         "tail": "" if math.isnan(trained.tail) else f"{trained.tail:.4g}",
         "sharpness": "" if math.isnan(sharpness) else f"{sharpness:.4g}",
         "device": device,
+        "data_hash": tasks.task(trial.task).data_hash,
         "warned": trained.warned,
     }
     return [asdict(trial) | row | common for row in found]
@@ -306,7 +327,8 @@ def _random(
 def curvature(trial: Trial, network: nn.Module, device: str) -> float:
     """Return the largest eigenvalue of the loss's Hessian at the dense weights, on one batch of training data."""
     task = tasks.task(trial.task)
-    batch = moved(next(iter(task.batches(0, 1, task.sharpness_scale))), device)
+    batch = next(iter(task.batches(0, 1, 4))) if task.sharpness_batch is None else task.sharpness_batch()
+    batch = moved(batch, device)
     return largest_eigenvalue(network, lambda: task.loss(network, batch))
 
 

@@ -454,6 +454,24 @@ def test_a_file_of_other_columns_is_refused_and_left_alone(tmp_path):
     assert path.read_text() == "a,b\n1,2\n"
 
 
+@pytest.mark.parametrize("command", [functools.partial(suites.main, "vision"), ablations.main])
+def test_results_on_other_data_are_named_and_not_added_to(command, tmp_path, monkeypatch, capsys):
+    known = tasks.task("digits_mlp")
+    found = [row | {"data_hash": "0123abcd"} for row in rows_of("sgd", 0.0, accuracies(98.0, 60.0), split="test")]
+    for file in ("vision.csv", "ablations.csv"):
+        runner.Results(tmp_path / file, COLUMNS, KEY).append(found)
+    assert f"Data: {known.data}, sha256 0123abcd. " in report.section(found, "digits_mlp")
+    assert f"Data: {known.data}. " in report.section(rows_of("sgd", 0.0, accuracies(98.0, 60.0)), "digits_mlp")
+    monkeypatch.setattr(tasks, "task", lambda name: dataclasses.replace(known, data_hash="4567cdef"))
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(SystemExit):
+        command(["--tasks", "digits_mlp", "--output", str(tmp_path)])
+    assert re.search(r"on other data \(sha256 0123abcd\) than is here\s+\(4567cdef\)", capsys.readouterr().err)
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+    rows = run_trial(Trial("digits_mlp", "sgd", steps=2), sparsities=(0.0,))
+    assert [row["data_hash"] for row in rows] == ["4567cdef"]
+
+
 @pytest.mark.parametrize("jobs", [1, 2])
 def test_a_failing_trial_ends_the_run_with_its_error(jobs):
     threads = torch.get_num_threads()

@@ -1,5 +1,6 @@
 """The benchmark's tasks that need no files: splits that share nothing, reproducible batches, measures against loops."""
 
+import dataclasses
 import importlib
 import itertools
 import math
@@ -16,6 +17,7 @@ from torch import nn
 from benchmarks import suites, tasks
 from benchmarks.tasks import language, networks, segmentation, textures
 from benchmarks.tasks.digits import Split
+from benchmarks.trials import Trial, train
 from wcr_optim.parameters import prunable_weights
 
 assert_same = partial(torch.testing.assert_close, rtol=0, atol=0, equal_nan=True)
@@ -334,6 +336,26 @@ class TestLanguage:
             path.write_bytes(path.read_bytes()[:1000] if bad == "half" else bad)
         with pytest.raises(ValueError, match=f"{path.name} cannot be read .*; delete it, and the network is trained"):
             language.pretrained(0, tmp_path, TINY)
+
+    @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+    def test_compiled_training_is_that_of_plain_training(self, monkeypatch):
+        def trained(compiled):
+            task = dataclasses.replace(tasks.task("language"), model=built, compiled=compiled)
+            monkeypatch.setattr(tasks, "task", lambda name: task)
+            network = train(Trial("language", "adamw+wcr", 0, 0.1, steps=8), "cuda").network
+            return [w.cpu() for w in network.parameters()]
+
+        def built(seed):
+            torch.manual_seed(seed)
+            return language.model(TINY)
+
+        for plain, compiled in zip(trained(False), trained(True), strict=True):
+            torch.testing.assert_close(plain, compiled, rtol=0, atol=2e-3)  # lr 1e-3, and bfloat16 rounds otherwise
+
+    @pytest.mark.parametrize("size", [language.SMALL, language.LARGE])
+    def test_sharpness_is_measured_on_as_many_bytes_in_either_size(self, size):
+        batch = language.TASKS[size.name]().sharpness_batch()
+        assert batch[:, 1:].numel() == language.SHARPNESS_BYTES
 
     def test_batches_are_windows_of_the_text(self):
         text = torch.arange(200, dtype=torch.uint8)

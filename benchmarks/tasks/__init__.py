@@ -41,8 +41,11 @@ class Task:
             units.
         lr: Peak learning rate of each base optimizer that the task is trained with.
         weight_decay: Of each base optimizer, on the weights that are pruned.
-        sharpness_scale: Batch scale of the one batch that sharpness is measured on; second derivatives take memory.
-        data: Where the data comes from: a name, and a hash where it is not the same everywhere.
+        sharpness_batch: Draws the one batch that sharpness is measured on, None for four batches of training in one;
+            second derivatives take memory.
+        compiled: Whether it trains through torch.compile on a CUDA device, which is worth the wait in long runs.
+        data: Where the data comes from.
+        data_hash: Of data that is not the same everywhere, "" otherwise.
     """
 
     name: str
@@ -60,8 +63,10 @@ class Task:
     tolerance: float = 0.5
     lr: Mapping[str, float] = field(default_factory=lambda: {"sgd": 0.1, "adamw": 1e-3})
     weight_decay: Mapping[str, float] = field(default_factory=lambda: {"sgd": 5e-4, "adamw": 1e-2})
-    sharpness_scale: int = 4
+    sharpness_batch: Callable[[], Any] | None = None
+    compiled: bool = False
     data: str = ""
+    data_hash: str = ""
 
 
 def names() -> dict[str, str]:

@@ -46,7 +46,7 @@ class Size:
         pretraining_steps: Of pre-training.
         pretraining_lr: Peak learning rate of pre-training.
         evaluated: Windows that a split is measured on.
-        sharpness_scale: As the task's.
+        compiled: As the task's.
     """
 
     name: str
@@ -62,11 +62,12 @@ class Size:
     pretraining_steps: int
     pretraining_lr: float
     evaluated: int
-    sharpness_scale: int = 4
+    compiled: bool = False
 
 
 SMALL = Size("language", 96, 256, 3, 4, 64, 8, 400, 1e-3, 16, 2500, 2e-3, 384)  # 0.38 M parameters, 0.33 M prunable
-LARGE = Size("language_25m", 512, 1408, 8, 8, 512, 16, 300, 3e-4, 64, 1000, 1e-3, 384, 1)  # 25.96 M, 25.69 M prunable
+LARGE = Size("language_25m", 512, 1408, 8, 8, 512, 16, 300, 3e-4, 64, 1000, 1e-3, 384, True)  # 25.96 M, 25.69 M
+SHARPNESS_BYTES = 2048
 
 
 class Corpus(NamedTuple):
@@ -209,10 +210,12 @@ def _task(size: Size) -> Task:
         exclude=("lm_head",),
         goals=(0.5, 0.7, 0.8),
         tolerance=0.05,
-        sharpness_scale=size.sharpness_scale,
+        sharpness_batch=lambda: next(batches(corpus.train, size.context, SHARPNESS_BYTES // size.context, 1000, 1)),
+        compiled=size.compiled,
         lr={"adamw": size.lr},
         weight_decay={"adamw": 1e-2},
-        data=f"Python standard library, sha256 {corpus.sha256[:12]}",
+        data="Python standard library",
+        data_hash=corpus.sha256[:12],
     )
 
 
