@@ -5,7 +5,7 @@
     python -m benchmarks language --methods adamw,adamw+wcr,adamw+target --seeds 3
 
 Every strength (and rho) is searched on the validation split from the same number of runs, and from more where the
-largest strength turns out the best, but for --quick; what it chooses is run anew from several seeds and measured on the
+largest one turns out the best, but for --quick; what it chooses is run anew from several seeds and measured on the
 test split. Rows are added to OUTPUT/SUITE.csv as runs end, and runs that the
 file holds are not repeated, so a killed command continues where it stopped.
 """
@@ -70,7 +70,7 @@ def main(suite: str, argv: Sequence[str] | None = None) -> int:
                 trials = tuning.beyond(task, searched, o.strengths, rows, [0], steps)
                 if not trials:
                     break
-                print(f"{task}: searches that go on, as their best strength was their largest", flush=True)
+                print(f"{task}: searches that go on, as their best strength or rho was their largest", flush=True)
                 runner.run_missing(work, trials, steps_of, results, o.jobs, ready)
         if o.split == "validation":
             driven = [method for method in methods if Method.of(method).has_goal]

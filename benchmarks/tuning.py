@@ -39,6 +39,8 @@ LOWEST: dict[str, dict[str, float]] = {
 }
 RHOS = (0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 4.0)
 """Times a method's default."""
+RHOS_BEYOND = (6.0, 8.0, 12.0, 16.0, 24.0, 32.0)
+"""Where searches go on whose best rho is the largest of those."""
 DRIVEN_RHOS = (0.1, 0.3, 1.0)
 """The same beside SparsityTarget, where each is tried with every sparsity that it is told."""
 
@@ -52,7 +54,7 @@ def grid(task: str, method: str, count: int, *, beyond: bool = False) -> list[tu
         task: Name of the task.
         method: Name of the method.
         count: How many.
-        beyond: Strengths of as many decades again above these, too (default: False)
+        beyond: What lies above these, too: strengths of as many decades again, or RHOS_BEYOND (default: False)
     """
     parts = Method.of(method)
     rho = RHO.get(parts.sharpness or "", 0.0)
@@ -69,7 +71,8 @@ def grid(task: str, method: str, count: int, *, beyond: bool = False) -> list[tu
     if parts.searched == "rho":
         between = max(count - 1, 1)
         chosen = sorted({round(k * (len(RHOS) - 1) / between) for k in range(count)}) if count > 1 else [5]
-        return [(0.0, float(f"{rho * RHOS[k]:.3g}")) for k in chosen]
+        factors = [*(RHOS[k] for k in chosen), *(RHOS_BEYOND if beyond else ())]
+        return [(0.0, float(f"{rho * factor:.3g}")) for factor in factors]
     if parts.penalty == "target" and parts.sharpness is not None and count > 1:
         return [(0.0, float(f"{rho * factor:.3g}")) for factor in DRIVEN_RHOS]
     return [(0.0, rho)]
@@ -99,9 +102,9 @@ def searches(
 def beyond(
     task: str, methods: Iterable[str], count: int, rows: Rows, seeds: Iterable[int], steps: int = 0
 ) -> list[Trial]:
-    """List the runs by which searches go on whose best strength is the largest tried: one step of their grid further.
+    """List the runs by which searches go on whose best strength or rho is the largest tried: one step further.
 
-    Below a grid a penalty does next to nothing, so no search goes on there.
+    Below a grid a penalty does next to nothing, and so does a sharpness-aware method, so no search goes on there.
 
     Args:
         task: Name of the task.
@@ -112,18 +115,21 @@ def beyond(
         steps: Of the runs, as `Trial.steps` has them (default: 0)
 
     Returns:
-        None where every search is over, at the latest as many decades beyond its grid as there are in it.
+        None where every search is over, at the latest as many decades beyond its grid as there are in it, or at the
+        last of RHOS_BEYOND.
     """
     trials = []
     for method in methods:
-        if Method.of(method).searched != "strength":
+        searched = Method.of(method).searched
+        if searched is None:
             continue
+        place = ("strength", "rho").index(searched)  # in a pair of both
         known = (task, method, "validation", "")  # runs that diverged among them: beyond those nothing is to be found
         own = [row for row in rows if (row["task"], row["method"], row["split"], row["options"]) == known]
-        last = max((float(row["strength"]) for row in own), default=math.inf)
+        last = max((float(row[searched]) for row in own), default=math.inf)
         found = [chosen(rows, task, method, goal, careful=c) for goal in tasks.task(task).goals for c in (False, True)]
-        if any(pair is not None and pair[0] == last for pair in found):
-            further = [pair for pair in grid(task, method, count, beyond=True) if pair[0] > last]
+        if any(pair is not None and pair[place] == last for pair in found):
+            further = [pair for pair in grid(task, method, count, beyond=True) if pair[place] > last]
             trials += [Trial(task, method, seed, *pair, steps=steps) for pair in further[:1] for seed in seeds]
     return trials
 

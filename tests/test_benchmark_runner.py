@@ -196,6 +196,30 @@ def test_a_search_whose_best_strength_is_its_largest_goes_on():
     assert further() == []
 
 
+@pytest.mark.parametrize(
+    ("values", "next_rho"),
+    [
+        ((60.0, 70.0, 65.0), []),
+        ((60.0, 70.0, 75.0), [0.3]),
+        ((60.0, 70.0, 75.0, 80.0), [0.4]),
+        ((60.0, 70.0, 75.0, 70.0), []),
+    ],
+)
+def test_a_search_whose_best_rho_is_its_largest_goes_on(values, next_rho):
+    assert tuning.grid("digits_mlp", "sgd+sam", 3) == [(0.0, 0.005), (0.0, 0.035), (0.0, 0.2)]
+    rows = rows_of("sgd", 0.0, accuracies(98.0, 60.0))
+    for rho, value in zip((0.005, 0.035, 0.2, 0.3), values, strict=False):
+        rows += [row | {"rho": str(rho)} for row in rows_of("sgd+sam", 0.0, accuracies(98.0, value))]
+    trials = tuning.beyond("digits_mlp", ["sgd", "sgd+sam"], 3, rows, [0])
+    assert [(t.strength, t.rho) for t in trials] == [(0.0, rho) for rho in next_rho]
+
+
+def test_rho_is_tried_up_to_a_last_one():
+    assert tuning.grid("digits_mlp", "sgd+asam", 3, beyond=True)[-1] == (0.0, 16.0)
+    rows = [row | {"rho": "16.0"} for row in rows_of("sgd+asam", 0.0, accuracies(98.0, 60.0))]
+    assert tuning.beyond("digits_mlp", ["sgd+asam"], 3, rows, [0]) == []
+
+
 def test_a_target_whose_goal_validation_chose_is_in_a_row_of_its_own():
     told = {0.9: (98.0, 97.0, 85.0), 0.95: (97.8, 97.5, 96.0), 0.98: (96.0, 97.6, 96.2)}
 
