@@ -350,7 +350,7 @@ class TestLanguage:
             return language.model(TINY)
 
         for plain, compiled in zip(trained(False), trained(True), strict=True):
-            torch.testing.assert_close(plain, compiled, rtol=0, atol=2e-3)  # lr 1e-3, and bfloat16 rounds otherwise
+            assert (plain - compiled).abs().mean() < 1e-4  # of 4e-3 that they move, and bfloat16 rounds otherwise
 
     @pytest.mark.parametrize("size", [language.SMALL, language.LARGE])
     def test_sharpness_is_measured_on_as_many_bytes_in_either_size(self, size):
