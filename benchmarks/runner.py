@@ -86,7 +86,7 @@ def _side_by_side(
 ) -> list[list[Row]]:
     context = multiprocessing.get_context("spawn")
     counter = context.Value("q", 0)
-    with ProcessPoolExecutor(jobs, context, initializer=_start, initargs=(counter,)) as pool:
+    with ProcessPoolExecutor(jobs, context, initializer=_start, initargs=(counter, jobs)) as pool:
         futures = [pool.submit(_in_process, work, trial) for trial in trials]
         pending = set(futures)
         try:
@@ -110,10 +110,12 @@ def _raised(future: Future[list[Row]]) -> bool:
     return future.exception() is not None
 
 
-def _start(counter: Any) -> None:
+def _start(counter: Any, jobs: int) -> None:
     global _steps_done
     _steps_done = counter
     torch.set_num_threads(1)
+    # Read when a task is first compiled: as many compilers as there are cores, rather than as many for each process.
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
