@@ -214,5 +214,18 @@ def _prox(base: Optimizer, strength: float) -> Optimizer:
         from torchao.prototype.pat.optim import PruneOptimizer
     except ImportError as error:
         raise ImportError("the method prox needs torchao: pip install torchao") from error
-    optimizer: Optimizer = PruneOptimizer(base, reg_lambda=strength)
+
+    class ProxLasso(PruneOptimizer):  # type: ignore[misc]
+        """torchao's, with closures that see the pruned weights.
+
+        Its own step(closure) brings the latent weights back before it calls the closure; the method wants the gradient
+        of the pruned ones, as loops without closures give it.
+        """
+
+        def step(self, closure: Callable[[], Any] | None = None) -> Any:
+            loss = None if closure is None else closure()
+            super().step()
+            return loss
+
+    optimizer: Optimizer = ProxLasso(base, reg_lambda=strength)
     return optimizer
