@@ -77,6 +77,31 @@ def test_layers_of_a_penalty():
     assert moved_layers("all") == [True] * 6
 
 
+def test_proximal_steps_see_the_gradient_of_the_pruned_weights():
+    pytest.importorskip("torchao.prototype.pat.optim", reason="needs torchao")
+    model = nn.Sequential(nn.Linear(3, 2, bias=False))
+    w = model[0].weight
+    start = torch.tensor([[0.3, -0.05, 0.02], [-0.4, 0.07, -0.01]])
+    with torch.no_grad():
+        w.copy_(start)
+    optimizer = Method.of("sgd+prox").optimizer(model, lr=0.1, weight_decay=0.0, strength=0.5)
+    latent, velocity, pruned = start.clone(), torch.zeros_like(start), start.clone()
+    for step in range(1, 6):
+
+        def closure():
+            optimizer.zero_grad()
+            loss = 0.5 * w.square().sum() - w.sum()
+            loss.backward()
+            return loss
+
+        assert optimizer.step(closure).item() == pytest.approx((0.5 * pruned.square() - pruned).sum().item())
+        velocity = 0.9 * velocity + pruned - 1.0  # the gradient at the pruned weights
+        latent = latent - 0.1 * velocity
+        shrunk = latent.abs() - 0.1 * step * 0.5  # strength times all learning rates so far
+        pruned = torch.where(shrunk > 0, shrunk * latent.sign(), 0.0)
+        torch.testing.assert_close(w.detach(), pruned)
+
+
 @pytest.mark.parametrize("count", [1, 3, 5, 10])
 def test_grids_span_three_decades_with_as_many_runs_as_asked_for(count):
     strengths = [strength for strength, _ in tuning.grid("digits_mlp", "sgd+wcr", count)]
