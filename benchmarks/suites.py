@@ -17,6 +17,7 @@ import functools
 import math
 import os
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -100,11 +101,15 @@ def _is_searched(method: str) -> bool:
 
 
 def every_method(task: str, *, quick: bool = False) -> list[str]:
-    """List the methods of a task: bases and sharpness-aware ones, with and without penalties, and yardsticks."""
+    """List the methods of a task: bases and sharpness-aware ones, with and without penalties, and yardsticks.
+
+    torchao's ProxLasso is among them where torchao is installed.
+    """
     bases = _bases(task)
     if quick:
         return _with(bases[0], ("", "hoyer", "wcr", "scale_free", "target"))
-    methods = [name for base in bases for name in _with(base, ("", *PENALTIES))]
+    prox = ("prox",) if find_spec("torchao") else ()
+    methods = [name for base in bases for name in _with(base, ("", *PENALTIES, *prox))]
     for sharpness in SHARPNESS:
         methods += _with(f"{bases[0]}+{sharpness}", ("", "wcr", "scale_free", "target"))
     return [*methods, f"{bases[0]}+random", f"{bases[0]}+gradual"]
@@ -130,7 +135,11 @@ def _parse(suite: str, argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--tasks", type=names, default=list(SUITES[suite]), help=f"(default: {','.join(SUITES[suite])})"
     )
-    parser.add_argument("--methods", type=names, help="names such as sgd,sgd+wcr,adamw+sam+target (default: all)")
+    parser.add_argument(
+        "--methods",
+        type=names,
+        help="names such as sgd,sgd+wcr,adamw+sam+target (default: all; sgd+prox and adamw+prox if torchao is there)",
+    )
     parser.add_argument("--seeds", type=count, help="runs on the test split of each choice (default: 3)")
     parser.add_argument("--strengths", type=count, help="strengths of each search (default: 5)")
     parser.add_argument(

@@ -649,6 +649,20 @@ def test_bad_arguments_say_what_is_wrong(arguments, said, capsys, tmp_path, monk
     assert re.search(said, capsys.readouterr().err)
 
 
+@pytest.mark.parametrize("installed", [True, False])
+def test_all_methods_are_those_of_the_protocol(installed, monkeypatch):
+    monkeypatch.setattr(suites, "find_spec", lambda name: object() if installed else None)
+    methods = suites.every_method("digits_mlp")
+    assert len(set(methods)) == len(methods)
+    assert {f"{base}+prox" for base in ("sgd", "adamw")} & set(methods) == (
+        {"sgd+prox", "adamw+prox"} if installed else set()
+    )
+    penalties = ("", "+l1", "+l2", "+hoyer", "+wcr", "+scale_free", "+target")
+    wanted = {base + penalty for base in ("sgd", "adamw") for penalty in penalties} | {"sgd+random", "sgd+gradual"}
+    wanted |= {f"sgd+{method}{penalty}" for method in SHARPNESS for penalty in ("", "+wcr")}
+    assert wanted <= set(methods)
+
+
 def test_a_base_that_a_task_has_no_setting_for_is_refused(capsys):
     with pytest.raises(SystemExit):
         suites.main("language", ["--tasks", "language", "--methods", "sgd"])
