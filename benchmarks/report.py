@@ -30,7 +30,7 @@ SHOWN = 12
 """How many tolerances a strength may cost dense and still be in the picture of the trade-off."""
 GOAL_SEARCHED = ", goal searched"
 BOTH_SEARCHED = ", goal and rho searched"
-BRIEF = (None, "l1", "hoyer", "wcr", "scale_free", "target")
+BRIEF = (None, "l1", "prox", "hoyer", "wcr", "scale_free", "target")
 """Penalties of the table of all tasks."""
 Rows = Sequence[Mapping[str, str]]
 
@@ -337,7 +337,7 @@ def draw(rows: Rows, task: str, folder: Path) -> None:
     tradeoffs: dict[str, list[tuple[float, float]]] = {}
     for method in tested(rows, task):
         parts = Method.of(method)
-        if parts.sharpness is not None or parts.pruning == "random" or parts.penalty in ("l2", "prox"):
+        if parts.sharpness is not None or parts.pruning == "random" or parts.penalty == "l2":
             continue  # beside the rest they tell nothing, and hide it
         pair = tuning.chosen(rows, task, method, goal) if parts.searched else None
         for row in rows:
@@ -371,7 +371,8 @@ def _draw_bases(
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    penalties = [penalty for penalty in (None, *PENALTIES) if any(penalty in of_base for of_base in curves.values())]
+    known = (None, *PENALTIES, "prox")
+    penalties = [penalty for penalty in known if any(penalty in of_base for of_base in curves.values())]
     figure = Figure(figsize=(4.6 * len(curves) + 1.8, 4.0), layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(1, len(curves), sharey=True, squeeze=False)[0]
