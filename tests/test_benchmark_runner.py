@@ -155,7 +155,7 @@ def test_the_validation_split_chooses_and_the_test_split_reports():
     assert "| SGD + WCR | **89.0** ± 1.4 (95.0) at 0.01 |" in text
     assert "over 1 to 2 seeds on the test split" in text, "the baseline's one, and WCR's two"
     assert report.brief(rows).splitlines()[2:] == [
-        "| digits_mlp, SGD, 98 % | 61.0 (97.9) | – | – | **89.0** ± 1.4 (95.0) | – | – |"
+        "| digits_mlp, SGD, 98 % | 61.0 (97.9) | – | – | – | **89.0** ± 1.4 (95.0) | – | – |"
     ], "no row for a base without runs"
     assert "95 %: SGD + WCR 79.0 beside SGD 61.0: one seed says nothing of the difference" in text
     again = [row | {"seed": "2"} for row in rows if row["split"] == "test" and row["seed"] == "0"]
