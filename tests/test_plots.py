@@ -68,7 +68,10 @@ def test_a_trade_off_has_a_point_for_each_strength():
 def test_more_curves_than_styles_are_all_drawn():
     many = {str(i): [(i, 1.0), (i, 2.0)] for i in range(70)}
     assert len(lines(plots.trade_off(many))) == 70
-    assert len(lines(plots.sparsity_accuracy({name: [(0.5, 1.0), (0.9, 2.0)] for name in many}))) == 70
+    drawn = lines(plots.sparsity_accuracy({name: [(0.5, 1.0), (0.9, 2.0)] for name in many}))
+    assert len(drawn) == 70
+    looks = {(line.get_color(), line.get_linestyle()) for line in list(drawn.values())[:21]}
+    assert len(looks) == 21, "what has the colour of another has another line"
 
 
 def test_high_sparsities_are_legible():

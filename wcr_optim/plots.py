@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<")  # as many as have no factor in common with the colours
+_LINES = ("-", "--", ":")  # the next one when the colours begin anew
 _INSIDE = 7  # curves whose legend finds room inside the axes
 
 
@@ -276,8 +277,15 @@ def _statistics(
 
 def _styles() -> Iterator[dict[str, Any]]:
     for i in count():
-        colour, marker = _COLOURS[i % len(_COLOURS)], _MARKERS[i % len(_MARKERS)]
-        yield {"color": colour, "marker": marker, "markersize": 5, "linewidth": 1.6, "markeredgewidth": 0, "zorder": 3}
+        yield {
+            "color": _COLOURS[i % len(_COLOURS)],
+            "linestyle": _LINES[i // len(_COLOURS) % len(_LINES)],
+            "marker": _MARKERS[i % len(_MARKERS)],
+            "markersize": 5,
+            "linewidth": 1.6,
+            "markeredgewidth": 0,
+            "zorder": 3,
+        }
 
 
 def _scale_by_density(ax: Axes, sparsities: Sequence[float]) -> float:
