@@ -76,8 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             known = tasks.task(task).lr
             if o.base not in known:
                 raise ValueError(f"task {task} has no setting for --base {o.base}; it has {', '.join(known)}")
-        for task in o.tasks:
-            check_data(task, results.read())
+        check_data(o.tasks, results.read())
     except (ValueError, OSError, ImportError) as error:
         parser.error(str(error))
     work = functools.partial(_run, o.device)

@@ -178,9 +178,7 @@ def _parse(suite: str, argv: Sequence[str] | None) -> argparse.Namespace:
         for name in o.methods or ("sgd+target",):
             _try(Method.of(name), o.options)
         prepare_for_pictures(o.output)
-        rows = runner.Results(o.output / f"{suite}.csv", COLUMNS, KEY, NUMBERS).read()
-        for task in o.tasks:
-            check_data(task, rows)
+        check_data(o.tasks, runner.Results(o.output / f"{suite}.csv", COLUMNS, KEY, NUMBERS).read())
     except (ValueError, OSError, ImportError) as error:
         parser.error(str(error))
     return o

@@ -109,20 +109,21 @@ def steps_of(trial: Trial) -> int:
     return max(1, (trial.steps or tasks.task(trial.task).steps) // int(trial.settings.get("batch", 1)))
 
 
-def check_data(task: str, rows: Iterable[Mapping[str, str]]) -> None:
-    """Raise if rows of a task are of other data than is here: both would be taken for runs of one kind.
+def check_data(names: Iterable[str], rows: Sequence[Mapping[str, str]]) -> None:
+    """Raise if rows of one of some tasks are of other data than is here: both would be taken for runs of one kind.
 
     Raises:
         ValueError: If they are.
 
     """
-    here = tasks.task(task).data_hash
-    other = {row["data_hash"] for row in rows if row["task"] == task} - {here}
-    if other:
-        raise ValueError(
-            f"the results hold runs of task {task} on other data (sha256 {', '.join(sorted(other))}) than is here "
-            f"({here}); name another --output"
-        )
+    for name in names:
+        here = tasks.task(name).data_hash
+        other = {row["data_hash"] for row in rows if row["task"] == name} - {here}
+        if other:
+            raise ValueError(
+                f"the results hold runs of task {name} on other data (sha256 {', '.join(sorted(other))}) than is here "
+                f"({here}); name another --output"
+            )
 
 
 def prepare(task: str) -> None:
