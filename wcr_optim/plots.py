@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<")  # as many as have no factor in common with the colours
 _LINES = ("-", "--", ":")  # the next one when the colours begin anew
-_INSIDE = 7  # curves whose legend finds room inside the axes
+_INSIDE = 6  # curves whose legend finds room inside the axes
 
 
 @runtime_checkable
