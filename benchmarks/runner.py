@@ -103,6 +103,8 @@ def _side_by_side(
                     process.terminate()
                 for process in processes:
                     process.join()
+                    while process.exitcode is None:  # the pool's thread was first to reap it, and has yet to say so
+                        time.sleep(0.001)
     return [future.result() for future in futures]
 
 
