@@ -140,15 +140,31 @@ def cell(
     return found
 
 
+def cells(rows: Rows, task: str, *, careful: bool = False) -> dict[tuple[str, bool], list[Cell | None]]:
+    """Collect the `cell` of each measured method at each wanted sparsity, without and with `search`.
+
+    A cell depends on the rows of its method and of its base alone. It is given no others: there are a hundred times as
+    many, and every cell reads what it is given several times.
+    """
+    by_method: dict[str, list[Mapping[str, str]]] = {}
+    for row in rows:
+        if row["task"] == task:
+            by_method.setdefault(row["method"], []).append(row)
+    found = {}
+    for method in tested(rows, task):
+        near = [row for name in dict.fromkeys([method, Method.of(method).base]) for row in by_method.get(name, ())]
+        for search in (False, True):
+            found[method, search] = [
+                cell(near, task, method, goal, careful=careful, search=search) for goal in tasks.task(task).goals
+            ]
+    return found
+
+
 def table(rows: Rows, task: str, *, careful: bool = False) -> str:
     """Lay out methods down and wanted sparsities across, as Markdown; the best of each column in bold."""
     kind = tasks.task(task)
-    cells = {
-        (m, search): [cell(rows, task, m, goal, careful=careful, search=search) for goal in kind.goals]
-        for m in tested(rows, task)
-        for search in (False, True)
-    }
-    one_shot = [row for (m, _), row in cells.items() if Method.of(m).pruning is None]
+    laid_out = cells(rows, task, careful=careful)
+    one_shot = [row for (m, _), row in laid_out.items() if Method.of(m).pruning is None]
     best = []
     for column in zip(*one_shot, strict=True):
         means = [found.mean for found in column if found is not None and found.values]
@@ -158,7 +174,7 @@ def table(rows: Rows, task: str, *, careful: bool = False) -> str:
         "| method | " + " | ".join([*head, "gradients", "seconds", "sharpness"]) + " |",
         "|---" * (len(head) + 4) + "|",
     ]
-    for (method, search), row in cells.items():
+    for (method, search), row in laid_out.items():
         if not any(row):
             continue
         texts = [_cell_text(kind, found, top) for found, top in zip(row, best, strict=True)]
@@ -173,11 +189,11 @@ def brief(rows: Rows) -> str:
         kind, of_task = tasks.task(task), [row for row in rows if row["task"] == task]
         goal = kind.goals[-1]
         for base in kind.lr:
-            cells = [cell(of_task, task, f"{base}+{penalty}" if penalty else base, goal) for penalty in BRIEF]
-            means = [found.mean for found in cells if found is not None and found.values]
+            row = [cell(of_task, task, f"{base}+{penalty}" if penalty else base, goal) for penalty in BRIEF]
+            means = [found.mean for found in row if found is not None and found.values]
             if not means:
                 continue
-            texts = [_cell_text(kind, found, kind.best(means), short=True) for found in cells]
+            texts = [_cell_text(kind, found, kind.best(means), short=True) for found in row]
             lines.append(f"| {task}, {LABELS[base]}, {100 * goal:g} % | " + " | ".join(texts) + " |")
     return "\n".join(lines)
 
@@ -236,15 +252,10 @@ def verdict(rows: Rows, task: str) -> str:
     """Say for each wanted sparsity which method is best among those that keep the dense value, and by how much."""
     kind = tasks.task(task)
     places = 3 if kind.metric == "bits_per_byte" else 1
-    one_shot = [m for m in tested(rows, task) if Method.of(m).pruning is None]
+    one_shot = {m: row for m, row in cells(rows, task, careful=True).items() if Method.of(m[0]).pruning is None}
     lines = []
-    for goal in kind.goals:
-        found = {
-            (m, search): c
-            for m in one_shot
-            for search in (False, True)
-            if (c := cell(rows, task, m, goal, careful=True, search=search)) is not None
-        }
+    for place, goal in enumerate(kind.goals):
+        found = {m: c for m, row in one_shot.items() if (c := row[place]) is not None}
         ours = {
             m: c
             for m, c in found.items()
@@ -309,10 +320,11 @@ def summary(rows: Rows) -> dict[str, Any]:
     """Collect all cells by task, method and sparsity."""
     found: dict[str, Any] = {}
     for task in dict.fromkeys(row["task"] for row in rows):
+        both = {careful: cells(rows, task, careful=careful) for careful in (False, True)}
         for method in tested(rows, task):
-            for goal in tasks.task(task).goals:
+            for place, goal in enumerate(tasks.task(task).goals):
                 for careful, search in itertools.product((False, True), repeat=2):
-                    one = cell(rows, task, method, goal, careful=careful, search=search)
+                    one = both[careful][method, search][place]
                     if one is not None:
                         entry = {
                             "mean": round(one.mean, 4) if one.values else None,
@@ -401,7 +413,7 @@ def write(rows: Rows, folder: Path, suite: str) -> None:
     with written_whole(folder / f"{suite}.json") as temporary:
         temporary.write_text(json.dumps(summary(rows), indent=1) + "\n", encoding="utf-8")
     for task in names:
-        draw(rows, task, folder)
+        draw([row for row in rows if row["task"] == task], task, folder)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -67,7 +67,7 @@ def main(suite: str, argv: Sequence[str] | None = None) -> int:
             trials = tuning.searches(task, searched, o.strengths, [0], **common)
             runner.run_missing(work, trials, steps_of, results, o.jobs, ready)
             while not o.quick:
-                rows = tuning.of_run(results.read(), lengths, o.options)
+                rows = tuning.of_run(_of_task(results, task), lengths, o.options)
                 trials = tuning.beyond(task, searched, o.strengths, rows, [0], steps)
                 if not trials:
                     break
@@ -79,7 +79,7 @@ def main(suite: str, argv: Sequence[str] | None = None) -> int:
             runner.run_missing(work, trials, steps_of, results, o.jobs, ready)
             continue
         print(f"{task}: what they chose, on the test split", flush=True)
-        rows = tuning.of_run(results.read(), lengths, o.options)
+        rows = tuning.of_run(_of_task(results, task), lengths, o.options)
         trials = tuning.choices(task, methods, rows, range(o.seeds), told=o.told, **common)
         unknown = [m for m in methods if Method.of(m).searched and m not in {trial.method for trial in trials}]
         if unknown:
@@ -89,6 +89,11 @@ def main(suite: str, argv: Sequence[str] | None = None) -> int:
         report.write(tuning.of_run(results.read(), lengths, o.options), o.output, suite)
         print(f"see {o.output}/{suite}.md, {suite}.json and the pictures beside them")
     return 0
+
+
+def _of_task(results: runner.Results, task: str) -> list[runner.Row]:
+    """Read a task's rows: choices read what they are given for every method and sparsity."""
+    return [row for row in results.read() if row["task"] == task]
 
 
 def _run(device: str, sparsities: tuple[float, ...], trial: Trial, progress: Callable[[], None]) -> list[runner.Row]:

@@ -285,6 +285,18 @@ def test_a_target_whose_goal_validation_chose_is_in_a_row_of_its_own():
     assert report.cell(renamed, "digits_mlp", "sgd+target", 0.98, careful=True, search=True).told == 0.95
 
 
+@pytest.mark.parametrize("careful", [False, True])
+def test_cells_of_a_task_are_those_of_all_rows(careful):
+    rows = tuning.of_run(runner.Results(Path("docs/results/language.csv"), COLUMNS, KEY, NUMBERS).read(), {})
+    together = report.cells(rows, "language", careful=careful)
+    assert {method for method, _ in together} == set(report.tested(rows, "language"))
+    for method in ("adamw", "adamw+l1", "adamw+target", "adamw+sam", "adamw+sam+target", "adamw+gradual"):
+        for search in (False, True):
+            goals = tasks.task("language").goals
+            alone = [report.cell(rows, "language", method, goal, careful=careful, search=search) for goal in goals]
+            assert together[method, search] == alone
+
+
 def test_a_rho_that_validation_chose_beside_a_target_is_in_the_row_of_what_was_searched():
     method = "sgd+sam+target"
 
