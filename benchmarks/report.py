@@ -140,7 +140,11 @@ def cell(
     return found
 
 
-def cells(rows: Rows, task: str, *, careful: bool = False) -> dict[tuple[str, bool], list[Cell | None]]:
+Cells = Mapping[tuple[str, bool], Sequence[Cell | None]]
+"""By method and whether `search` chose, one for each of a task's wanted sparsities."""
+
+
+def cells(rows: Rows, task: str, *, careful: bool = False) -> Cells:
     """Collect the `cell` of each measured method at each wanted sparsity, without and with `search`.
 
     A cell depends on the rows of its method and of its base alone. It is given no others: there are a hundred times as
@@ -150,7 +154,7 @@ def cells(rows: Rows, task: str, *, careful: bool = False) -> dict[tuple[str, bo
     for row in rows:
         if row["task"] == task:
             by_method.setdefault(row["method"], []).append(row)
-    found = {}
+    found: dict[tuple[str, bool], list[Cell | None]] = {}
     for method in tested(rows, task):
         near = [row for name in dict.fromkeys([method, Method.of(method).base]) for row in by_method.get(name, ())]
         for search in (False, True):
@@ -162,8 +166,11 @@ def cells(rows: Rows, task: str, *, careful: bool = False) -> dict[tuple[str, bo
 
 def table(rows: Rows, task: str, *, careful: bool = False) -> str:
     """Lay out methods down and wanted sparsities across, as Markdown; the best of each column in bold."""
+    return _table(rows, task, cells(rows, task, careful=careful))
+
+
+def _table(rows: Rows, task: str, laid_out: Cells) -> str:
     kind = tasks.task(task)
-    laid_out = cells(rows, task, careful=careful)
     one_shot = [row for (m, _), row in laid_out.items() if Method.of(m).pruning is None]
     best = []
     for column in zip(*one_shot, strict=True):
@@ -248,11 +255,11 @@ def _costs(row: Sequence[Cell | None]) -> list[str]:
     return texts
 
 
-def verdict(rows: Rows, task: str) -> str:
-    """Say for each wanted sparsity which method is best among those that keep the dense value, and by how much."""
+def verdict(rows: Rows, task: str, careful: Cells) -> str:
+    """Say for each wanted sparsity which of the careful cells is best, and by how much."""
     kind = tasks.task(task)
     places = 3 if kind.metric == "bits_per_byte" else 1
-    one_shot = {m: row for m, row in cells(rows, task, careful=True).items() if Method.of(m[0]).pruning is None}
+    one_shot = {m: row for m, row in careful.items() if Method.of(m[0]).pruning is None}
     lines = []
     for place, goal in enumerate(kind.goals):
         found = {m: c for m, row in one_shot.items() if (c := row[place]) is not None}
@@ -282,6 +289,7 @@ def verdict(rows: Rows, task: str) -> str:
 def section(rows: Rows, task: str) -> str:
     """Lay out all that is known of a task."""
     kind = tasks.task(task)
+    careful = cells(rows, task, careful=True)
     unit = {"bits_per_byte": "bits per byte, lower is better"}.get(kind.metric, f"{kind.metric} in percent")
     said = [
         f"Data: {kind.data}{_hashes(rows, task)}. {_steps(rows, kind)} steps. {unit[0].upper() + unit[1:]}; mean ± "
@@ -290,8 +298,8 @@ def section(rows: Rows, task: str) -> str:
         f"eigenvalue of largest magnitude of the loss's Hessian) are means over the row.",
         table(rows, task),
         f"Only strengths, and results, whose dense value is within {kind.tolerance:g} of the baseline's:",
-        table(rows, task, careful=True),
-        verdict(rows, task),
+        _table(rows, task, careful),
+        verdict(rows, task, careful),
     ]
     return "\n\n".join(text for text in said if text)
 
