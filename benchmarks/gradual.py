@@ -17,7 +17,8 @@ class GradualPruning:
     """Prune more and more of a network while it trains.
 
     The sparsity at step t of T is s (1 - (1 - t / (0.75 T))^3), s from 0.75 T on; masks are chosen by global magnitude
-    50 times on the way and applied after every step of the optimizer.
+    50 times on the way and applied after every step of the optimizer. A weight once masked stays at zero, as in the
+    source, where no gradient reaches it.
 
     Args:
         model: The network.
@@ -38,9 +39,10 @@ class GradualPruning:
     def step(self, loss: Any = None) -> None:
         """Take note of one step of the optimizer and apply the masks."""
         self.done += 1
+        if self.masks is not None:  # before they are chosen anew: what momentum made of a masked weight is no magnitude
+            pruning.apply_(self.model, self.masks)
         every = max(1, self.ramp // UPDATES)
         if self.done <= self.ramp and (self.done % every == 0 or self.done == self.ramp):
             now = self.sparsity * (1 - (1 - self.done / self.ramp) ** 3)
             self.masks = pruning.magnitude_masks(self.model, now, exclude=self.exclude)
-        if self.masks is not None:
             pruning.apply_(self.model, self.masks)

@@ -821,6 +821,22 @@ def test_gradual_pruning_follows_its_cubic_path():
     assert all(b >= a - 1e-6 for a, b in itertools.pairwise(reached))
 
 
+def test_gradual_pruning_lets_no_masked_weight_return_by_momentum():
+    torch.manual_seed(0)
+    model = nn.Linear(20, 20, bias=False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    gradual = GradualPruning(model, 0.8, 200)
+    masked = torch.zeros_like(model.weight, dtype=torch.bool)
+    for _ in range(200):
+        # Where a weight is masked the loss pulls hardest, so that one step would outgrow all that is left.
+        model.weight.grad = 100.0 * masked
+        optimizer.step()
+        gradual.step()
+        assert (model.weight[masked] == 0).all()
+        masked |= model.weight.detach() == 0
+    assert masked.float().mean().item() == pytest.approx(0.8, abs=2e-3)
+
+
 def test_quantized_rounds_each_channel_for_the_block_only():
     model = nn.Linear(16, 4)
     before = model.weight.detach().clone()
