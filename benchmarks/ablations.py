@@ -29,9 +29,11 @@ VARIANTS: dict[str, list[tuple[str, str, str]]] = {
     ],
     "How the step is taken": [
         ("WCR: exact flow", "wcr", ""),
+        ("WCR: exact flow, growth not bounded", "wcr_unguarded", ""),
         ("WCR: explicit gradient step", "wcr_explicit", ""),
         ("WCR: in the loss", "wcr_in_loss", ""),
         ("scale-free: exact flow", "scale_free", ""),
+        ("scale-free: exact flow, growth not bounded", "scale_free_unguarded", ""),
         ("scale-free: explicit gradient step", "scale_free_explicit", ""),
         ("scale-free: in the loss", "scale_free_in_loss", ""),
     ],
@@ -76,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             known = tasks.task(task).lr
             if o.base not in known:
                 raise ValueError(f"task {task} has no setting for --base {o.base}; it has {', '.join(known)}")
-        check_data(o.tasks, results.read())
+        check_data(o.tasks, results.read(), o.device)
     except (ValueError, OSError, ImportError) as error:
         parser.error(str(error))
     work = functools.partial(_run, o.device)

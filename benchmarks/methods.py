@@ -5,6 +5,7 @@ A method's name says what it is made of, from the inside out: ``sgd``, ``adamw+h
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -16,7 +17,19 @@ from torch.optim import Optimizer
 from benchmarks.gradual import GradualPruning
 from benchmarks.tasks import Task
 from benchmarks.variants import ExplicitStep, InLoss, Window
-from wcr_optim import SAM, SSAM, WCR, CrAM, HoyerDecay, L1Decay, L2Decay, SparseSAM, SparsityTarget, param_groups
+from wcr_optim import (
+    SAM,
+    SSAM,
+    WCR,
+    CrAM,
+    Decoupled,
+    HoyerDecay,
+    L1Decay,
+    L2Decay,
+    SparseSAM,
+    SparsityTarget,
+    param_groups,
+)
 from wcr_optim.penalties import InverseVariance, ScaleFree
 
 Groups = list[dict[str, Any]]
@@ -40,6 +53,8 @@ PENALTIES: dict[str, Callable[[Optimizer, float], Optimizer]] = {
     "scale_free": lambda base, strength: WCR(base, strength, form="scale_free"),
     "relative": lambda base, strength: WCR(base, strength, form="relative"),
     "per_unit": lambda base, strength: WCR(base, strength, form="per_unit"),
+    "wcr_unguarded": lambda base, strength: Decoupled(base, InverseVariance(max_growth=math.inf), strength),
+    "scale_free_unguarded": lambda base, strength: Decoupled(base, ScaleFree(max_growth=math.inf), strength),
     "wcr_in_loss": lambda base, strength: InLoss(base, InverseVariance(), strength),
     "wcr_explicit": lambda base, strength: ExplicitStep(base, InverseVariance(), strength),
     "scale_free_in_loss": lambda base, strength: InLoss(base, ScaleFree(), strength),

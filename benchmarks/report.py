@@ -413,7 +413,16 @@ def _name(penalty: str | None) -> str:
 
 
 def write(rows: Rows, folder: Path, suite: str) -> None:
-    """Write a suite's Markdown table, JSON summary and pictures into a folder."""
+    """Write a suite's Markdown table, JSON summary and pictures into a folder.
+
+    Left out, and told, are tasks that cannot be loaded, such as those of a folder of one's own that is elsewhere now.
+    """
+    for task in dict.fromkeys(row["task"] for row in rows):
+        try:
+            tasks.task(task)
+        except (OSError, ImportError, ValueError) as error:
+            print(f"{task}: left out of {folder / suite}.md and {suite}.json, as it cannot be loaded: {error}")
+            rows = [row for row in rows if row["task"] != task]
     names = [task for task in dict.fromkeys(row["task"] for row in rows) if tested(rows, task)]
     text = "\n\n".join(f"## {task}\n\n{section(rows, task)}" for task in names)
     with written_whole(folder / f"{suite}.md") as temporary:

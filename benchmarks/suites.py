@@ -56,7 +56,7 @@ def main(suite: str, argv: Sequence[str] | None = None) -> int:
     work = functools.partial(_run, o.device, tuple(o.sparsities))
     lengths: dict[str, int] = {}
     for task in o.tasks:
-        methods = o.methods or every_method(task, quick=o.quick)
+        methods = _with_bases(o.methods) if o.methods else every_method(task, quick=o.quick)
         steps = max(1, round(tasks.task(task).steps * o.share))
         steps = lengths[task] = 0 if steps == tasks.task(task).steps else steps
         searched = [method for method in methods if _is_searched(method) or method in _bases(task)]
@@ -124,6 +124,12 @@ def _bases(task: str) -> list[str]:
     return list(tasks.task(task).lr)
 
 
+def _with_bases(methods: Sequence[str]) -> list[str]:
+    """Add what methods are compared with: without a dense value of their base, none is within tolerance of it."""
+    bases = [Method.of(method).base for method in methods]
+    return list(dict.fromkeys([*bases, *methods]))
+
+
 def _with(inner: str, penalties: Sequence[str]) -> list[str]:
     return [f"{inner}+{penalty}" if penalty else inner for penalty in penalties]
 
@@ -143,7 +149,8 @@ def _parse(suite: str, argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--methods",
         type=names,
-        help="names such as sgd,sgd+wcr,adamw+sam+target (default: all; sgd+prox and adamw+prox if torchao is there)",
+        help="names such as sgd,sgd+wcr,adamw+sam+target, to which their bases are added (default: all; sgd+prox and "
+        "adamw+prox if torchao is there)",
     )
     parser.add_argument("--seeds", type=count, help="runs on the test split of each choice (default: 3)")
     parser.add_argument("--strengths", type=count, help="strengths of each search (default: 5)")
@@ -183,7 +190,7 @@ def _parse(suite: str, argv: Sequence[str] | None) -> argparse.Namespace:
         for name in o.methods or ("sgd+target",):
             _try(Method.of(name), o.options)
         prepare_for_pictures(o.output)
-        check_data(o.tasks, runner.Results(o.output / f"{suite}.csv", COLUMNS, KEY, NUMBERS).read())
+        check_data(o.tasks, runner.Results(o.output / f"{suite}.csv", COLUMNS, KEY, NUMBERS).read(), o.device)
     except (ValueError, OSError, ImportError) as error:
         parser.error(str(error))
     return o

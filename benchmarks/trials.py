@@ -109,8 +109,10 @@ def steps_of(trial: Trial) -> int:
     return max(1, (trial.steps or tasks.task(trial.task).steps) // int(trial.settings.get("batch", 1)))
 
 
-def check_data(names: Iterable[str], rows: Sequence[Mapping[str, str]]) -> None:
-    """Raise if rows of one of some tasks are of other data than is here: both would be taken for runs of one kind.
+def check_data(names: Iterable[str], rows: Sequence[Mapping[str, str]], device: str) -> None:
+    """Raise if rows of one of some tasks are of other data than is here, or from another kind of device.
+
+    Both would be taken for runs of one kind, and on a CUDA device networks train in bfloat16.
 
     Raises:
         ValueError: If they are.
@@ -123,6 +125,12 @@ def check_data(names: Iterable[str], rows: Sequence[Mapping[str, str]]) -> None:
             raise ValueError(
                 f"the results hold runs of task {name} on other data (sha256 {', '.join(sorted(other))}) than is here "
                 f"({here}); name another --output"
+            )
+        ran_on = {row["device"] for row in rows if row["task"] == name} - {device}
+        if ran_on:
+            raise ValueError(
+                f"the results hold runs of task {name} on {', '.join(sorted(ran_on))}, and these would be on {device}; "
+                "name another --output, or the same --device"
             )
 
 
@@ -206,7 +214,10 @@ def run_trial(
         said = {"device": device, "data_hash": tasks.task(trial.task).data_hash, "warned": f"diverged: {error}"}
         return [asdict(trial) | dict.fromkeys(MEASURED, "") | said]
     found = list(measure(trial, trained, sparsities))
-    sharpness = curvature(trial, trained.network, device) if trial.split == "test" else math.nan
+    try:
+        sharpness = curvature(trial, trained.network, device) if trial.split == "test" else math.nan
+    except torch.OutOfMemoryError as error:  # which is no reason to lose what was measured
+        sharpness, trained.warned = math.nan, f"{trained.warned} no sharpness: {error}".strip()
     common = {
         "seconds": round(trained.seconds, 2),
         "gradient_evaluations": trained.gradient_evaluations,

@@ -60,7 +60,7 @@ def grid(task: str, method: str, count: int, *, beyond: bool = False) -> list[tu
     rho = RHO.get(parts.sharpness or "", 0.0)
     if parts.searched == "strength":
         assert parts.penalty is not None
-        penalty = parts.penalty.removesuffix("_explicit")
+        penalty = parts.penalty.removesuffix("_explicit").removesuffix("_unguarded")
         lowest = LOWEST[parts.base][penalty.removesuffix("_in_loss")]
         lowest *= REFERENCE_LR[parts.base] / tasks.task(task).lr[parts.base]  # what acts is lr * strength
         if penalty.endswith("_in_loss"):
@@ -219,13 +219,19 @@ def driven(rows: Rows, task: str, method: str, goal: float, *, careful: bool = F
 def _best(
     rows: Rows, task: str, method: str, goal: float, *, careful: bool = False, options: str = ""
 ) -> tuple[float, float, float] | None:
-    """Return the best strength, rho and sparsity that was told, see `chosen`."""
+    """Return the best strength, rho and sparsity that was told, see `chosen`.
+
+    By the runs of the seeds that the baseline has on the validation split, where it has any: a method that was run with
+    more of them there would choose better than the others.
+    """
+    base, kind = Method.of(method).base, tasks.task(task)
+    seeds = {row["seed"] for row in rows if (row["task"], row["method"], row["split"]) == (task, base, "validation")}
+    rows = [row for row in rows if row["seed"] in seeds] if seeds else rows
     values = validation_means(rows, task, method, options)
     if not values:
         return None
-    kind = tasks.task(task)
     if careful:
-        baseline = validation_means(rows, task, Method.of(method).base)
+        baseline = validation_means(rows, task, base)
         if not baseline:
             return None
         dense = next(iter(baseline.values())).get(0.0)

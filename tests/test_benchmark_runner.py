@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import functools
 import itertools
+import json
 import multiprocessing
 import os
 import re
@@ -17,11 +18,12 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import ablations, report, runner, suites, tasks, tuning
+from benchmarks import ablations, report, runner, suites, tasks, trials, tuning
 from benchmarks.__main__ import main as benchmarks
 from benchmarks.curvature import largest_eigenvalue
 from benchmarks.gradual import GradualPruning
 from benchmarks.methods import PENALTIES, SHARPNESS, Method
+from benchmarks.tasks import hub
 from benchmarks.trials import COLUMNS, KEY, NUMBERS, Trial, moved, quantized, run_trial, steps_of
 from benchmarks.variants import ExplicitStep, InLoss, Window
 from wcr_optim import WCR, param_groups, pruning
@@ -355,6 +357,20 @@ def test_a_strength_that_diverged_with_one_seed_is_not_chosen_for_what_the_other
     assert tuning.chosen(good + other, "digits_mlp", "sgd+wcr", 0.95) == (1e-3, 0.0)
 
 
+def test_a_choice_is_made_by_the_seeds_of_the_baseline():
+    base = rows_of("sgd", 0.0, accuracies(98.0, 60.0))
+    rows = [row for at, first in ((0.95, 90.0), (0.98, 91.0)) for row in told(at, first, 0)]
+    rows += [row for at, other in ((0.95, 95.0), (0.98, 80.0)) for row in told(at, other, 1)]
+    choice = functools.partial(tuning.driven, task="digits_mlp", method="sgd+target", goal=0.95)
+    assert choice(rows) == (0.0, 0.95), "without a baseline, by all there are"
+    assert choice(base + rows) == choice(base + rows, careful=True) == (0.0, 0.98)
+    assert choice(base + [row | {"seed": "1"} for row in base] + rows) == (0.0, 0.95)
+
+
+def told(goal, value, seed):
+    return rows_of("sgd+target", 0.0, accuracies(98.0, value), seed, goal=goal)
+
+
 def test_runs_that_diverged_stay_in_the_table():
     rows = [
         *rows_of("sgd", 0.0, accuracies(97.9, 61.0), split="test"),
@@ -531,6 +547,47 @@ def test_results_on_other_data_are_named_and_not_added_to(command, tmp_path, mon
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
     rows = run_trial(Trial("digits_mlp", "sgd", steps=2), sparsities=(0.0,))
     assert [row["data_hash"] for row in rows] == ["4567cdef"]
+
+
+@pytest.mark.parametrize("command", [functools.partial(suites.main, "vision"), ablations.main])
+def test_results_from_another_kind_of_device_are_not_added_to(command, tmp_path, capsys):
+    found = [row | {"device": "cuda"} for row in rows_of("sgd", 0.0, accuracies(98.0, 60.0), split="test")]
+    for file in ("vision.csv", "ablations.csv"):
+        runner.Results(tmp_path / file, COLUMNS, KEY).append(found)
+    with pytest.raises(SystemExit):
+        command(["--tasks", "digits_mlp", "--output", str(tmp_path)])
+    said = " ".join(capsys.readouterr().err.split())
+    assert "runs of task digits_mlp on cuda, and these would be on cpu; name another --output" in said
+
+
+def test_the_bases_of_named_methods_are_run_too(tmp_path):
+    command = ["--methods", "sgd+wcr", "--tasks", "digits_mlp", "--output", str(tmp_path), "--share", "0.01"]
+    suites.main("vision", [*command, "--strengths", "1", "--seeds", "1", "--sparsities", "0.9", "--jobs", "1"])
+    rows = runner.Results(tmp_path / "vision.csv", COLUMNS, KEY).read()
+    assert {(row["method"], row["split"]) for row in rows} == {
+        (method, split) for method in ("sgd", "sgd+wcr") for split in ("validation", "test")
+    }
+
+
+def test_a_sharpness_without_the_memory_for_it_loses_no_run(monkeypatch):
+    def full(*arguments):
+        raise torch.OutOfMemoryError("tried to allocate 60 GiB")
+
+    monkeypatch.setattr(trials, "curvature", full)
+    rows = run_trial(Trial("digits_mlp", "sgd", split="test", steps=2), sparsities=(0.0, 0.9))
+    assert {row["sharpness"] for row in rows} == {""}
+    assert {row["warned"] for row in rows} == {"no sharpness: tried to allocate 60 GiB"}
+    assert all(row["value"] for row in rows)
+
+
+def test_a_task_that_cannot_be_loaded_is_left_out_of_what_is_written(tmp_path, capsys, monkeypatch):
+    monkeypatch.delenv(hub.FOLDER, raising=False)
+    rows = rows_of("sgd", 0.0, accuracies(98.0, 60.0), split="test")
+    elsewhere = [row | {"task": "images_resnet20"} for row in rows]
+    report.write(elsewhere + rows, tmp_path, "vision")
+    assert "images_resnet20: left out of" in capsys.readouterr().out
+    assert list(json.loads((tmp_path / "vision.json").read_text())) == ["digits_mlp"]
+    assert (tmp_path / "vision.md").read_text().startswith("## digits_mlp\n")
 
 
 @pytest.mark.parametrize("jobs", [1, 2])
@@ -772,6 +829,18 @@ def test_in_loss_equals_a_term_in_the_loss():
             optimizer.step()
         results.append([w.detach().clone() for w in weights])
     torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("form", ["wcr", "scale_free"])
+def test_without_a_bound_on_growth_one_step_of_the_flow_goes_all_the_way(form):
+    smallest = {}
+    for name in (form, f"{form}_unguarded"):
+        w = nn.Parameter(torch.tensor([[0.8, 0.6, 0.3]]))
+        w.grad = torch.zeros_like(w)
+        PENALTIES[name](torch.optim.SGD([w], lr=1.0), 1000.0).step()
+        smallest[name] = w[0, 2].item()
+    assert smallest[form] > 0.2
+    assert smallest[f"{form}_unguarded"] == 0
 
 
 def test_an_explicit_step_equals_the_flow_to_first_order():

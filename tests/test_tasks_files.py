@@ -106,6 +106,10 @@ class TestImages:
         picture(folder / "images" / "train" / "dark" / "gray.png", noise(64, 64) // 4)
         source = next(source for source in images.SOURCES if source.name == "images")
         task = images._task(replace(source, side=16), "resnet20")
+        again = images._task(replace(source, side=16), "resnet18")
+        assert task.data_hash == again.data_hash != images._task(replace(source, side=17), "resnet20").data_hash
+        picture(folder / "images" / "train" / "dark" / "gray.png", noise(64, 64, seed=9) // 4)
+        assert images._task(replace(source, side=16), "resnet20").data_hash != task.data_hash
         batch, labels = next(task.batches(0, 1, 1))
         assert batch.shape[1:] == (3, 16, 16)
         assert batch.dtype == torch.float32
@@ -228,6 +232,27 @@ class TestMasks:
         assert task.evaluate(network, "test")["dice"] > 90
 
     @pytest.mark.usefixtures("small")
+    def test_statistics_are_estimated_on_images_of_all_names(self, folder):
+        self.paint(folder / "masks" / "train", 80)
+        for name in ("val", "test"):
+            self.paint(folder / "masks" / name, 2)
+        for k in range(80):  # those whose names come first are black
+            picture(folder / "masks" / "train" / "images" / f"{k}.jpg", np.full((40, 48, 3), 0 if k < 64 else 255))
+        task = masks.TASKS["masks"]()
+        means = torch.cat([part.mean((1, 2, 3)) for part in task.calibration()])
+        assert len(means) == 64
+        assert 5 <= (means > 0).sum() <= 16
+        assert len(task.sharpness_batch()[0]) == 4
+
+    @pytest.mark.usefixtures("small")
+    def test_other_masks_are_other_data(self, folder):
+        self.paint(folder / "masks", 12)
+        before = masks.TASKS["masks"]().data_hash
+        assert masks.TASKS["masks"]().data_hash == before != ""
+        picture(folder / "masks" / "masks" / "3.png", np.full((40, 48), 255))
+        assert masks.TASKS["masks"]().data_hash != before
+
+    @pytest.mark.usefixtures("small")
     def test_more_values_are_classes(self, folder):
         self.paint(folder / "masks", 10, (0, 1, 2))
         assert masks.load().classes == 3
@@ -340,6 +365,22 @@ def questions(count: int) -> list[dict]:
 
 
 class TestInstructions:
+    def test_other_rows_or_another_model_are_other_data(self, folder, model):
+        rows = [{"instruction": f"Say {k}.", "output": "yes"} for k in range(30)]
+        lines(folder / "instructions" / "train.jsonl", rows)
+        hashes = [instructions.TASKS["instructions"]().data_hash for _ in range(2)]
+        LlamaForCausalLM.from_pretrained(model).double().save_pretrained(model)
+        hashes.append(instructions.TASKS["instructions"]().data_hash)
+        lines(folder / "instructions" / "train.jsonl", [*rows[:-1], {"instruction": "Say 29.", "output": "no"}])
+        hashes.append(instructions.TASKS["instructions"]().data_hash)
+        assert hashes[0] == hashes[1] != ""
+        assert len(set(hashes)) == 3
+
+    def test_sharpness_is_measured_on_no_more_tokens_than_fit(self):
+        row = instructions.Encoded(tuple(range(500)), 10, 490)
+        assert instructions._sharpness_batch([row] * 9)["input_ids"].shape == (4, 500)
+        assert instructions._sharpness_batch([row])["input_ids"].shape == (1, 500)
+
     def test_an_answer_is_learned(self, folder, model):
         rows = [{"instruction": f"Say {k}.", "input": "loud" * (k % 2), "output": "yes, yes, yes"} for k in range(30)]
         lines(folder / "instructions" / "train.jsonl", rows)

@@ -61,6 +61,7 @@ class Images(NamedTuple):
     classes: int
     mean: Tensor
     deviation: Tensor
+    sha256: str = ""
 
     def normalized(self, images: Tensor) -> Tensor:
         """Return images as numbers of mean 0 and standard deviation 1 in each channel, over the training images."""
@@ -94,7 +95,8 @@ def load(source: Source) -> Images:
             raise ValueError(f"labels of {source.name} {name} must lie in [0, {classes - 1}] as in train, got {found}")
     some = train.images[:: max(1, len(train.images) // 10_000)].double()
     mean, deviation = some.mean((0, 2, 3)), some.std((0, 2, 3)).clamp_min(1e-3)
-    return Images(splits, classes, mean.float().view(3, 1, 1), deviation.float().view(3, 1, 1))
+    sha256 = hub.fingerprint(part for split in splits.values() for part in split)
+    return Images(splits, classes, mean.float().view(3, 1, 1), deviation.float().view(3, 1, 1), sha256)
 
 
 def _indices(name: str, column: str, labels: Mapping[str, list[Any]]) -> dict[str, list[int]]:
@@ -220,7 +222,9 @@ def _task(source: Source, name: str) -> Task:
         calibration=calibration,
         lr=network.lr,
         weight_decay=network.weight_decay,
+        sharpness_batch=lambda: next(batches(images, BATCH, 0, 1, mirrored=source.mirrored)),
         data=source.hub or f"{source.name}, a folder",
+        data_hash=images.sha256[:12],
     )
 
 

@@ -13,10 +13,12 @@ Only the answers count in the loss. Embeddings and the output layer stay dense.
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -34,6 +36,7 @@ TOKENS = 512  # of an example; longer ones lose the end of the answer, then the 
 BATCH = 16
 EPOCHS = 3
 EVALUATED = 512  # examples of a split that are measured
+SHARPNESS_TOKENS = 2048  # padding counted
 IGNORED = -100  # in place of the tokens that are not predicted
 
 Batch = dict[str, Tensor]
@@ -237,6 +240,33 @@ def output_layer() -> tuple[str, ...]:
     return tuple(name for name, module in network.named_modules() if module is layer)
 
 
+def model_hash() -> str:
+    """Return a hash of the model: of its folder's files, or of its name and revision on the hub."""
+    folder = Path(source())
+    if not folder.is_dir():
+        config = pretrained("AutoConfig")
+        return hashlib.sha256(f"{source()} {getattr(config, '_commit_hash', None)}".encode()).hexdigest()
+    digest = hashlib.sha256()
+    for path in sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith(".")):
+        digest.update(f"{path.name} {path.stat().st_size}\n".encode())
+        with path.open("rb") as file:
+            for chunk in iter(partial(file.read, 1 << 20), b""):
+                digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _sharpness_batch(rows: Sequence[Encoded]) -> Batch:
+    """Return as many examples of a drawn batch as have SHARPNESS_TOKENS tokens, padding counted, at least one."""
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)).tolist()
+    chosen = [rows[order[0]]]
+    for place in order[1:]:
+        longest = max(len(row.tokens) for row in (*chosen, rows[place]))
+        if (len(chosen) + 1) * longest > SHARPNESS_TOKENS:
+            break
+        chosen.append(rows[place])
+    return collated(chosen)
+
+
 def _batches(rows: Sequence[Encoded], batch: int, seed: int, steps: int) -> Iterator[Batch]:
     places = torch.arange(len(rows))
     for chosen, _ in epochs(places, places, min(batch, len(rows)), seed, steps):
@@ -274,11 +304,13 @@ def _task(name: str) -> Task:
         loss=loss,
         evaluate=evaluate,
         exclude=output_layer(),
+        sharpness_batch=lambda: _sharpness_batch(train),
         goals=(0.5, 0.7, 0.8),
         tolerance=0.5 if name == "commonsense" else 0.05,
         lr={"adamw": 2e-5},
         weight_decay={"adamw": 1e-2},
         data=f"{SOURCES[name] if hub.local(name) is None else name + ', a folder'}; model {source()}",
+        data_hash=hashlib.sha256(f"{examples} {model_hash()}".encode()).hexdigest()[:12],
     )
 
 

@@ -39,6 +39,7 @@ class Masks(NamedTuple):
 
     splits: dict[str, Split]
     classes: int
+    sha256: str
 
 
 def load() -> Masks:
@@ -78,9 +79,10 @@ def load() -> Masks:
     if two:
         splits = {name: Split(split.images, (split.labels > background).long()) for name, split in splits.items()}
     classes = 2 if two else values[-1] + 1
+    sha256 = hub.fingerprint(part for split in splits.values() for part in split)
     train = splits["train"].images
     mean, deviation = train.mean((0, 2, 3), keepdim=True), train.std((0, 2, 3), keepdim=True).clamp_min(1e-3)
-    return Masks({n: Split((s.images - mean) / deviation, s.labels) for n, s in splits.items()}, classes)
+    return Masks({n: Split((s.images - mean) / deviation, s.labels) for n, s in splits.items()}, classes, sha256)
 
 
 def _folders(path: Path) -> list[tuple[str, Path]]:
@@ -146,7 +148,9 @@ def _task() -> Task:
         return overlap(network, data.splits[split], first_class=1)
 
     def calibration() -> list[Tensor]:
-        return list(train.images[:64].split(batch))
+        # Drawn, not the first ones: in order of their names they may all be one patient's.
+        chosen = torch.randperm(len(train.images), generator=torch.Generator().manual_seed(0))[:64]
+        return list(train.images[chosen].split(batch))
 
     return Task(
         name=NAME,
@@ -159,7 +163,9 @@ def _task() -> Task:
         loss=lambda network, batch: cross_entropy(network(batch[0]), batch[1]),
         evaluate=evaluate,
         calibration=calibration,
+        sharpness_batch=lambda: next(batches(train, min(4, len(train.images)), 0, 1)),
         data=f"{NAME}, a folder",
+        data_hash=data.sha256[:12],
     )
 
 
