@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import argparse
 import functools
-import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from benchmarks import arguments, runner, tasks, tuning
-from benchmarks.methods import BASES, Method
-from benchmarks.report import cell, filled
+from benchmarks.methods import BASES
+from benchmarks.report import cell, filled, mean_text, ways
 from benchmarks.trials import COLUMNS, KEY, NUMBERS, Trial, check_data, prepare, run_trial, steps_of
 from wcr_optim.files import written_whole
 
@@ -131,7 +130,8 @@ def report(rows: tuning.Rows, task: str, base: str) -> str:
             cells = [_cell(rows, task, f"{base}+{penalty}", options, goal) for goal in kind.goals]
             lines.append(f"| {name} | " + " | ".join(cells) + " |")
         blocks.append("\n".join(lines))
-    blocks.append(_ways(rows, task, base))
+    plain = [row for row in rows if not row["options"]]
+    blocks.append(ways(plain, task, [base, *(f"{base}+{penalty}" for penalty in ("l1", "hoyer", "wcr", "scale_free"))]))
     return "\n\n".join(blocks)
 
 
@@ -143,46 +143,4 @@ def _cell(rows: tuning.Rows, task: str, method: str, options: str, goal: float) 
     if not found.values:
         return f"diverged at {found.strength:g}"
     failed = f", {found.failed} of {found.failed + len(found.values)} diverged" if found.failed else ""
-    return f"{_mean(found.values)} ({found.dense_mean:.1f}) at {found.strength:g}{failed}"
-
-
-def _mean(values: Sequence[float]) -> str:
-    spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.1f}{spread}"
-
-
-def _ways(rows: tuning.Rows, task: str, base: str) -> str:
-    """Lay out the ways to prune of the strengths that are best at the middle of the wanted sparsities."""
-    kind = tasks.task(task)
-    goal, recalibrated = kind.goals[len(kind.goals) // 2], str(kind.calibration is not None)
-    ways = [("global", goal), ("layer", goal), ("2:4", 0.5), ("1:4", 0.75), ("1:8", 0.875), ("int8", goal)]
-    names = {"global": "{:g} % global", "layer": "{:g} % per layer", "int8": "{:g} % global, int8"}
-    head = "".join(f" {names.get(scope, scope + ' ({:g} %)').format(100 * at)} |" for scope, at in ways)
-    lines = [f"| How it is pruned | dense |{head}", "|---" * (len(ways) + 2) + "|"]
-    for penalty in ("", "l1", "hoyer", "wcr", "scale_free"):
-        method = f"{base}+{penalty}" if penalty else base
-        pair = tuning.chosen(rows, task, method, goal) if penalty else (0.0, 0.0)
-        if pair is None:
-            continue
-        tested = [
-            row
-            for row in rows
-            if (row["task"], row["method"], row["options"], row["split"]) == (task, method, "", "test")
-            and (float(row["strength"]), float(row["rho"])) == pair
-        ]
-        failed = {row["seed"] for row in tested if tuning.failed(row)}
-        found = [
-            [
-                float(row["value"])
-                for row in tested
-                if (row["metric"], row["scope"], row["recalibrated"]) == (kind.metric, scope, recalibrated)
-                and float(row["sparsity"]) == at
-                and row["seed"] not in failed
-            ]
-            for scope, at in [("global", 0.0), *ways]
-        ]
-        label = Method.of(method).label
-        if failed:
-            label += f", {len(failed)} of {len({row['seed'] for row in tested})} diverged"
-        lines.append(f"| {label} | " + " | ".join(_mean(values) if values else "–" for values in found) + " |")
-    return "\n".join(lines)
+    return f"{mean_text(found.values)} ({found.dense_mean:.1f}) at {found.strength:g}{failed}"

@@ -21,7 +21,7 @@ from typing import Any
 
 from benchmarks import arguments, runner, tasks, tuning
 from benchmarks.methods import LABELS, PENALTIES, PRUNING, RHO, SHARPNESS, Method
-from benchmarks.trials import COLUMNS, KEY, NUMBERS
+from benchmarks.trials import COLUMNS, KEY, NUMBERS, PATTERNS
 from wcr_optim import plots
 from wcr_optim.files import written_whole
 
@@ -286,20 +286,95 @@ def verdict(rows: Rows, task: str, careful: Cells) -> str:
     return "\n".join(lines)
 
 
+def ways(rows: Rows, task: str, methods: Sequence[str]) -> str:
+    """Lay out methods down and ways to prune across, each with what was chosen for the middle wanted sparsity.
+
+    Those are: globally; per layer; globally, BatchNorm's statistics left as the dense network had them, where there
+    are any; globally, at the first sparsity beyond those that are wanted; N:M patterns; and int8 after pruning.
+    """
+    kind = tasks.task(task)
+    goal, fresh = kind.goals[len(kind.goals) // 2], str(kind.calibration is not None)
+    beyond = min((sparsity for sparsity in tasks.SPARSITIES if sparsity > max(kind.goals)), default=1.0)
+    columns = [
+        ("dense", "global", 0.0, fresh),
+        (f"{100 * goal:g} % global", "global", goal, fresh),
+        (f"{100 * goal:g} % per layer", "layer", goal, fresh),
+        (f"{100 * goal:g} % global, statistics kept", "global", goal, "False"),
+        (f"{100 * beyond:g} % global", "global", beyond, fresh),
+        *((f"{n}:{m} ({100 * (1 - n / m):g} %)", f"{n}:{m}", 1 - n / m, fresh) for n, m in PATTERNS),
+        (f"{100 * goal:g} % global, int8", "int8", goal, fresh),
+    ]
+    if kind.calibration is None:
+        del columns[3]
+    head = " | ".join(name for name, *_ in columns)
+    lines = [f"| How it is pruned | {head} |", "|---" * (len(columns) + 1) + "|"]
+    places = 3 if kind.metric == "bits_per_byte" else 1
+    for method in methods:
+        parts = Method.of(method)
+        pair = tuning.chosen(rows, task, method, goal) if parts.searched else (0.0, 0.0)
+        own = [
+            row
+            for row in rows
+            if (row["task"], row["method"], row["split"]) == (task, method, "test")
+            and (float(row["strength"]), float(row["rho"])) == pair
+            and float(row["goal"]) == (goal if parts.has_goal else 0.0)
+        ]
+        failed = {row["seed"] for row in own if tuning.failed(row) and row["scope"] in ("", "global")}
+        found: dict[tuple[str, float, str], list[float]] = {}
+        for row in own:
+            if row["metric"] == kind.metric and row["seed"] not in failed and row["value"]:
+                at = (row["scope"], float(row["sparsity"]), row["recalibrated"])
+                found.setdefault(at, []).append(float(row["value"]))
+        if not found and not failed:
+            continue
+        said = f", {len(failed)} of {len({row['seed'] for row in own})} diverged" if failed else ""
+        texts = [mean_text(found.get((scope, at, estimated), []), places) for _, scope, at, estimated in columns]
+        lines.append(f"| {parts.label}{said} | " + " | ".join(texts) + " |")
+    return "\n".join(lines)
+
+
+def mean_text(values: Sequence[float], places: int = 1) -> str:
+    """Write a mean and, of several values, their sample standard deviation."""
+    if not values:
+        return "–"
+    spread = f" ± {statistics.stdev(values):.{places}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.{places}f}{spread}"
+
+
+def _shares(rows: Rows, task: str) -> str:
+    """Say what share of all parameters the wanted sparsities are: they count the weights that are pruned at all."""
+    counts = {
+        (int(row["prunable"]), int(row["parameters"]))
+        for row in rows
+        if row["task"] == task and row["scope"] == "global" and row["prunable"] and row["parameters"]
+    }
+    if len(counts) != 1:
+        return ""
+    ((prunable, parameters),) = counts
+    goals = tasks.task(task).goals
+    wanted, shares = (
+        ", ".join(f"{100 * factor * goal:.3g}" for goal in goals) for factor in (1.0, prunable / parameters)
+    )
+    return f" Of {parameters:,} parameters {prunable:,} are pruned, so {wanted} % are {shares} % of all."
+
+
 def section(rows: Rows, task: str) -> str:
     """Lay out all that is known of a task."""
     kind = tasks.task(task)
     careful = cells(rows, task, careful=True)
+    goal = kind.goals[len(kind.goals) // 2]
     unit = {"bits_per_byte": "bits per byte, lower is better"}.get(kind.metric, f"{kind.metric} in percent")
     said = [
         f"Data: {kind.data}{_hashes(rows, task)}. {_steps(rows, kind)} steps. {unit[0].upper() + unit[1:]}; mean ± "
         f"sample standard deviation over {_seeds(rows, task)} on the test split, dense value in parentheses, then the "
         f"strength (or rho) that the validation split chose at that sparsity. Gradients, seconds and sharpness (the "
-        f"eigenvalue of largest magnitude of the loss's Hessian) are means over the row.",
+        f"eigenvalue of largest magnitude of the loss's Hessian) are means over the row.{_shares(rows, task)}",
         table(rows, task),
         f"Only strengths, and results, whose dense value is within {kind.tolerance:g} of the baseline's:",
         _table(rows, task, careful),
         verdict(rows, task, careful),
+        f"Other ways to prune, each with what the validation split chose for {100 * goal:g} % pruned globally:",
+        ways(rows, task, [f"{base}+{name}" if name else base for base in kind.lr for name in BRIEF]),
     ]
     return "\n\n".join(text for text in said if text)
 

@@ -174,6 +174,33 @@ def test_the_validation_split_chooses_and_the_test_split_reports():
     assert all(t.split == "test" for t in trials)
 
 
+def test_other_ways_to_prune_are_of_what_was_chosen_for_the_middle_sparsity():
+    def cnn(rows, **values):
+        return [
+            row | {"task": "digits_cnn", "recalibrated": "True", "prunable": "90", "parameters": "100"} | values
+            for row in rows
+        ]
+
+    rows = cnn([*rows_of("sgd+l1", 0.1, accuracies(98.0, 90.0)), *rows_of("sgd+l1", 1.0, accuracies(98.0, 80.0))])
+    for strength, seed, value in ((0.1, 0, 89.0), (0.1, 1, 91.0), (1.0, 0, 10.0)):
+        test = rows_of("sgd+l1", strength, accuracies(98.0, value) | {0.99: value - 9}, seed, "test")
+        rows += cnn(test)
+        rows += cnn(test, scope="layer", value=str(value - 1))
+        rows += cnn(test, recalibrated="False", value=str(value - 2))
+        rows += cnn(test[-2:-1], scope="2:4", sparsity="0.5", value=str(value - 3))
+    rows += cnn(diverged("sgd+l1", 0.1, 2, "test"))
+    assert report.ways(rows, "digits_cnn", ["sgd", "sgd+l1"]).splitlines() == [
+        "| How it is pruned | dense | 97 % global | 97 % per layer | 97 % global, statistics kept | 99 % global | "
+        "2:4 (50 %) | 1:4 (75 %) | 1:8 (87.5 %) | 97 % global, int8 |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+        "| SGD + l1, 1 of 3 diverged | 98.0 ± 0.0 | 90.0 ± 1.4 | 89.0 ± 1.4 | 88.0 ± 1.4 | 81.0 ± 1.4 | 87.0 ± 1.4 | "
+        "– | – | – |",
+    ]
+    assert "Of 100 parameters 90 are pruned, so 90, 95, 97, 98 % are 81, 85.5, 87.3, 88.2 % of all." in report.section(
+        rows, "digits_cnn"
+    )
+
+
 def test_a_value_that_no_table_reads_says_nothing_of_a_run():
     rows = [
         row for split in ("validation", "test") for row in rows_of("sgd+wcr", 0.1, accuracies(97.0, 61.0), 0, split)
