@@ -290,11 +290,14 @@ def ways(rows: Rows, task: str, methods: Sequence[str]) -> str:
     """Lay out methods down and ways to prune across, each with what was chosen for the middle wanted sparsity.
 
     Those are: globally; per layer; globally, BatchNorm's statistics left as the dense network had them, where there
-    are any; globally, at the first sparsity beyond those that are wanted; N:M patterns; and int8 after pruning.
+    are any; globally, at the first sparsity that was measured beyond those that are wanted, if one was; N:M patterns;
+    and int8 after pruning.
     """
     kind = tasks.task(task)
     goal, fresh = kind.goals[len(kind.goals) // 2], str(kind.calibration is not None)
-    beyond = min((sparsity for sparsity in tasks.SPARSITIES if sparsity > max(kind.goals)), default=1.0)
+    tested = [row for row in rows if row["task"] == task and row["split"] == "test"]
+    measured = {float(row["sparsity"]) for row in tested if row["scope"] == "global" and row["sparsity"]}
+    beyond = min((sparsity for sparsity in measured if sparsity > max(kind.goals)), default=1.0)
     columns = [
         ("dense", "global", 0.0, fresh),
         (f"{100 * goal:g} % global", "global", goal, fresh),
@@ -304,8 +307,8 @@ def ways(rows: Rows, task: str, methods: Sequence[str]) -> str:
         *((f"{n}:{m} ({100 * (1 - n / m):g} %)", f"{n}:{m}", 1 - n / m, fresh) for n, m in PATTERNS),
         (f"{100 * goal:g} % global, int8", "int8", goal, fresh),
     ]
-    if kind.calibration is None:
-        del columns[3]
+    without = {f"{100 * goal:g} % global, statistics kept"} if kind.calibration is None else set()
+    columns = [column for column in columns if column[0] not in without and column[2] < 1.0]
     head = " | ".join(name for name, *_ in columns)
     lines = [f"| How it is pruned | {head} |", "|---" * (len(columns) + 1) + "|"]
     places = 3 if kind.metric == "bits_per_byte" else 1
@@ -314,15 +317,18 @@ def ways(rows: Rows, task: str, methods: Sequence[str]) -> str:
         pair = tuning.chosen(rows, task, method, goal) if parts.searched else (0.0, 0.0)
         own = [
             row
-            for row in rows
-            if (row["task"], row["method"], row["split"]) == (task, method, "test")
+            for row in tested
+            if row["method"] == method
+            and row["metric"] in ("", kind.metric)
             and (float(row["strength"]), float(row["rho"])) == pair
             and float(row["goal"]) == (goal if parts.has_goal else 0.0)
         ]
-        failed = {row["seed"] for row in own if tuning.failed(row) and row["scope"] in ("", "global")}
+        # Those of which the first table has no value; where there is none in another way to prune, it is left out.
+        shown = [row for row in own if not row["metric"] or (row["scope"], row["recalibrated"]) == ("global", fresh)]
+        failed = {row["seed"] for row in shown if tuning.failed(row)}
         found: dict[tuple[str, float, str], list[float]] = {}
         for row in own:
-            if row["metric"] == kind.metric and row["seed"] not in failed and row["value"]:
+            if row["seed"] not in failed and not tuning.failed(row):
                 at = (row["scope"], float(row["sparsity"]), row["recalibrated"])
                 found.setdefault(at, []).append(float(row["value"]))
         if not found and not failed:
@@ -444,7 +450,7 @@ def draw(rows: Rows, task: str, folder: Path) -> None:
             if same and (not parts.has_goal or float(row["goal"]) == goal) and parts.pruning is None:
                 of_base = curves.setdefault(parts.base, {})
                 of_base.setdefault(parts.penalty, []).append((float(row["sparsity"]), float(row["value"])))
-        means = tuning.validation_means(rows, task, method)
+        means = tuning.validation_means(tuning.of_search(rows, task, method), task, method)
         if len(means) > 1 and parts.pruning is None and parts.base == next(iter(kind.lr)):
             best = kind.best(at[0.0] for at in means.values())
             rising = [means[setting] for setting in sorted(means)]  # by strength, or by what was told

@@ -152,7 +152,11 @@ def _parse(suite: str, argv: Sequence[str] | None) -> argparse.Namespace:
         help="names such as sgd,sgd+wcr,adamw+sam+target, to which their bases are added (default: all; sgd+prox and "
         "adamw+prox if torchao is there)",
     )
-    parser.add_argument("--seeds", type=count, help="runs on the test split of each choice (default: 3)")
+    parser.add_argument(
+        "--seeds",
+        type=count,
+        help="runs on the test split of each choice, and of SparsityTarget with --split validation (default: 3)",
+    )
     parser.add_argument("--strengths", type=count, help="strengths of each search (default: 5)")
     parser.add_argument(
         "--sparsities",

@@ -125,7 +125,11 @@ def beyond(
             continue
         place = ("strength", "rho").index(searched)  # in a pair of both
         known = (task, method, "validation", "")  # runs that diverged among them: beyond those nothing is to be found
-        own = [row for row in rows if (row["task"], row["method"], row["split"], row["options"]) == known]
+        own = [
+            row
+            for row in of_search(rows, task, method)
+            if (row["task"], row["method"], row["split"], row["options"]) == known
+        ]
         last = max((float(row[searched]) for row in own), default=math.inf)
         found = [chosen(rows, task, method, goal, careful=c) for goal in tasks.task(task).goals for c in (False, True)]
         if any(pair is not None and pair[place] == last for pair in found):
@@ -219,14 +223,9 @@ def driven(rows: Rows, task: str, method: str, goal: float, *, careful: bool = F
 def _best(
     rows: Rows, task: str, method: str, goal: float, *, careful: bool = False, options: str = ""
 ) -> tuple[float, float, float] | None:
-    """Return the best strength, rho and sparsity that was told, see `chosen`.
-
-    By the runs of the seeds that the baseline has on the validation split, where it has any: a method that was run with
-    more of them there would choose better than the others.
-    """
+    """Return the best strength, rho and sparsity that was told, see `chosen`; by `of_search` alone."""
     base, kind = Method.of(method).base, tasks.task(task)
-    seeds = {row["seed"] for row in rows if (row["task"], row["method"], row["split"]) == (task, base, "validation")}
-    rows = [row for row in rows if row["seed"] in seeds] if seeds else rows
+    rows = of_search(rows, task, method)
     values = validation_means(rows, task, method, options)
     if not values:
         return None
@@ -242,6 +241,16 @@ def _best(
             return None
     best: tuple[float, float, float] = kind.best(values, key=lambda at: (values[at][goal], values[at][0.0]))
     return best
+
+
+def of_search(rows: Rows, task: str, method: str) -> Rows:
+    """Return the rows of the seeds that the baseline of a method has on the validation split; all if it has none.
+
+    A method that was run with more of them there would choose better than the others.
+    """
+    runs = (task, Method.of(method).base, "validation")
+    seeds = {row["seed"] for row in rows if (row["task"], row["method"], row["split"]) == runs}
+    return [row for row in rows if row["seed"] in seeds] if seeds else rows
 
 
 def within_tolerance(task: str, dense: float, baseline: float) -> bool:

@@ -106,6 +106,8 @@ class TestImages:
         picture(folder / "images" / "train" / "dark" / "gray.png", noise(64, 64) // 4)
         source = next(source for source in images.SOURCES if source.name == "images")
         task = images._task(replace(source, side=16), "resnet20")
+        assert task.calibration is not None
+        assert images._task(replace(source, side=16), "vit").calibration is None, "it has no statistics to estimate"
         again = images._task(replace(source, side=16), "resnet18")
         assert task.data_hash == again.data_hash != images._task(replace(source, side=17), "resnet20").data_hash
         picture(folder / "images" / "train" / "dark" / "gray.png", noise(64, 64, seed=9) // 4)

@@ -20,6 +20,7 @@ from torch.nn.functional import cross_entropy, pad
 from benchmarks.tasks import Task, epochs, hub
 from benchmarks.tasks.digits import Split
 from benchmarks.tasks.networks import ResNet, VisionTransformer
+from wcr_optim.pruning.batchnorm import norms_with_statistics
 
 BATCH = 128
 EPOCHS = 200
@@ -219,7 +220,7 @@ def _task(source: Source, name: str) -> Task:
         batches=lambda seed, steps, scale: batches(images, BATCH * scale, seed, steps, mirrored=source.mirrored),
         loss=lambda network, batch: cross_entropy(network(batch[0]), batch[1]),
         evaluate=lambda network, split: accuracy(network, images, split),
-        calibration=calibration,
+        calibration=calibration if norms_with_statistics(model(0)) else None,
         lr=network.lr,
         weight_decay=network.weight_decay,
         sharpness_batch=lambda: next(batches(images, BATCH, 0, 1, mirrored=source.mirrored)),
