@@ -2,7 +2,8 @@
 
 Reads docs/results/{vision,language,segmentation}.csv, of which runs of full length and without options count, draws the
 pictures in docs/images and renews the tables between the markers ``<!-- table: TASK -->`` and ``<!-- end -->`` in
-docs/results.md, and the table of all tasks, named brief, both there and in README.md.
+docs/results.md: a task's, that of all tasks, named brief, which is in README.md as well, and kept, of networks pruned
+without training data.
 """
 
 from __future__ import annotations
@@ -229,7 +230,7 @@ def _label(rows: Rows, task: str, method: str, search: bool) -> str:
 def _cell_text(kind: tasks.Task, found: Cell | None, best: float | None, *, short: bool = False) -> str:
     if found is None:
         return "–"
-    places = 3 if kind.metric == "bits_per_byte" else 1
+    places = _places(kind)
     value = f"{found.mean:.{places}f}"
     value = f"**{value}**" if best is not None and value == f"{best:.{places}f}" else value
     at = "" if found.strength is None else f" at {found.strength:g}"
@@ -258,7 +259,7 @@ def _costs(row: Sequence[Cell | None]) -> list[str]:
 def verdict(rows: Rows, task: str, careful: Cells) -> str:
     """Say for each wanted sparsity which of the careful cells is best, and by how much."""
     kind = tasks.task(task)
-    places = 3 if kind.metric == "bits_per_byte" else 1
+    places = _places(kind)
     one_shot = {m: row for m, row in careful.items() if Method.of(m[0]).pruning is None}
     lines = []
     for place, goal in enumerate(kind.goals):
@@ -294,9 +295,8 @@ def ways(rows: Rows, task: str, methods: Sequence[str]) -> str:
     and int8 after pruning.
     """
     kind = tasks.task(task)
-    goal, fresh = kind.goals[len(kind.goals) // 2], str(kind.calibration is not None)
-    tested = [row for row in rows if row["task"] == task and row["split"] == "test"]
-    measured = {float(row["sparsity"]) for row in tested if row["scope"] == "global" and row["sparsity"]}
+    goal, fresh = _middle(kind), str(kind.calibration is not None)
+    measured = {float(row["sparsity"]) for row in rows if (row["task"], row["scope"]) == (task, "global")}
     beyond = min((sparsity for sparsity in measured if sparsity > max(kind.goals)), default=1.0)
     columns = [
         ("dense", "global", 0.0, fresh),
@@ -311,32 +311,82 @@ def ways(rows: Rows, task: str, methods: Sequence[str]) -> str:
     columns = [column for column in columns if column[0] not in without and column[2] < 1.0]
     head = " | ".join(name for name, *_ in columns)
     lines = [f"| How it is pruned | {head} |", "|---" * (len(columns) + 1) + "|"]
-    places = 3 if kind.metric == "bits_per_byte" else 1
     for method in methods:
-        parts = Method.of(method)
-        pair = tuning.chosen(rows, task, method, goal) if parts.searched else (0.0, 0.0)
-        own = [
-            row
-            for row in tested
-            if row["method"] == method
-            and row["metric"] in ("", kind.metric)
-            and (float(row["strength"]), float(row["rho"])) == pair
-            and float(row["goal"]) == (goal if parts.has_goal else 0.0)
-        ]
-        # Those of which the first table has no value; where there is none in another way to prune, it is left out.
-        shown = [row for row in own if not row["metric"] or (row["scope"], row["recalibrated"]) == ("global", fresh)]
-        failed = {row["seed"] for row in shown if tuning.failed(row)}
-        found: dict[tuple[str, float, str], list[float]] = {}
-        for row in own:
-            if row["seed"] not in failed and not tuning.failed(row):
-                at = (row["scope"], float(row["sparsity"]), row["recalibrated"])
-                found.setdefault(at, []).append(float(row["value"]))
-        if not found and not failed:
+        found, failed, count = _ways_of(rows, task, method)
+        if not count:
             continue
-        said = f", {len(failed)} of {len({row['seed'] for row in own})} diverged" if failed else ""
-        texts = [mean_text(found.get((scope, at, estimated), []), places) for _, scope, at, estimated in columns]
-        lines.append(f"| {parts.label}{said} | " + " | ".join(texts) + " |")
+        said = f", {failed} of {count} diverged" if failed else ""
+        texts = [mean_text(found.get((scope, at, estimated), []), _places(kind)) for _, scope, at, estimated in columns]
+        lines.append(f"| {Method.of(method).label}{said} | " + " | ".join(texts) + " |")
     return "\n".join(lines)
+
+
+def kept(rows: Rows) -> str:
+    """Lay out tasks and bases down and penalties across, BatchNorm's statistics left as the dense network had them.
+
+    At each task's middle wanted sparsity, what was chosen for it with statistics estimated anew; those values stand in
+    parentheses. Tasks without such statistics have no row.
+    """
+    lines = ["| task, base, sparsity | " + " | ".join(map(_name, BRIEF)) + " |", "|---" * (len(BRIEF) + 1) + "|"]
+    for task in dict.fromkeys(row["task"] for row in rows):
+        kind, of_task = tasks.task(task), [row for row in rows if row["task"] == task]
+        goal = _middle(kind)
+        if kind.calibration is None:
+            continue
+        for base in kind.lr:
+            pairs = []
+            for penalty in BRIEF:
+                found, _, _ = _ways_of(of_task, task, f"{base}+{penalty}" if penalty else base)
+                pairs.append([found.get(("global", goal, estimated), []) for estimated in ("False", "True")])
+            means = [statistics.mean(values) for values, _ in pairs if values]
+            if not means:
+                continue
+            best = f"{kind.best(means):.{_places(kind)}f}"
+            texts = []
+            for values, estimated in pairs:
+                text = mean_text(values, _places(kind))
+                text = f"**{best}**{text.removeprefix(best)}" if text.split(" ")[0] == best else text
+                texts.append(f"{text} ({statistics.mean(estimated):.{_places(kind)}f})" if estimated else text)
+            lines.append(f"| {task}, {LABELS[base]}, {100 * goal:g} % | " + " | ".join(texts) + " |")
+    return "\n".join(lines)
+
+
+def _ways_of(rows: Rows, task: str, method: str) -> tuple[dict[tuple[str, float, str], list[float]], int, int]:
+    """Collect the values of a method on the test split, with what was chosen for the middle wanted sparsity.
+
+    Returns:
+        Values of the task's metric by scope, sparsity and `recalibrated`; how many runs diverged; and how many there
+        were.
+    """
+    kind, parts = tasks.task(task), Method.of(method)
+    goal, fresh = _middle(kind), str(kind.calibration is not None)
+    pair = tuning.chosen(rows, task, method, goal) if parts.searched else (0.0, 0.0)
+    own = [
+        row
+        for row in rows
+        if (row["task"], row["method"], row["split"]) == (task, method, "test")
+        and row["metric"] in ("", kind.metric)
+        and (float(row["strength"]), float(row["rho"])) == pair
+        and float(row["goal"]) == (goal if parts.has_goal else 0.0)
+    ]
+    # Those of which the first table has no value; where there is none in another way to prune, it is left out.
+    shown = [row for row in own if not row["metric"] or (row["scope"], row["recalibrated"]) == ("global", fresh)]
+    failed = {row["seed"] for row in shown if tuning.failed(row)}
+    found: dict[tuple[str, float, str], list[float]] = {}
+    for row in own:
+        if row["seed"] not in failed and not tuning.failed(row):
+            at = (row["scope"], float(row["sparsity"]), row["recalibrated"])
+            found.setdefault(at, []).append(float(row["value"]))
+    return found, len(failed), len({row["seed"] for row in own})
+
+
+def _middle(kind: tasks.Task) -> float:
+    return kind.goals[len(kind.goals) // 2]
+
+
+def _places(kind: tasks.Task) -> int:
+    """Return how many digits of a value stand after its point."""
+    return 3 if kind.metric == "bits_per_byte" else 1
 
 
 def mean_text(values: Sequence[float], places: int = 1) -> str:
@@ -368,7 +418,7 @@ def section(rows: Rows, task: str) -> str:
     """Lay out all that is known of a task."""
     kind = tasks.task(task)
     careful = cells(rows, task, careful=True)
-    goal = kind.goals[len(kind.goals) // 2]
+    goal = _middle(kind)
     unit = {"bits_per_byte": "bits per byte, lower is better"}.get(kind.metric, f"{kind.metric} in percent")
     said = [
         f"Data: {kind.data}{_hashes(rows, task)}. {_steps(rows, kind)} steps. {unit[0].upper() + unit[1:]}; mean ± "
@@ -433,7 +483,7 @@ def summary(rows: Rows) -> dict[str, Any]:
 def draw(rows: Rows, task: str, folder: Path) -> None:
     """Draw a task's metric over sparsity, and what each strength costs dense against what it keeps."""
     kind = tasks.task(task)
-    goal = kind.goals[len(kind.goals) // 2]
+    goal = _middle(kind)
     curves: dict[str, dict[str | None, list[tuple[float, float]]]] = {}
     tradeoffs: dict[str, list[tuple[float, float]]] = {}
     for method in tested(rows, task):
@@ -537,6 +587,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not path.is_file():
             parser.error(f"there is no page {path} to renew")
     page = filled(o.page.read_text(encoding="utf-8"), "brief", brief(rows))
+    page = filled(page, "kept", kept(rows))
     for task in dict.fromkeys(row["task"] for row in rows):
         of_task = [row for row in rows if row["task"] == task]
         if tested(of_task, task):

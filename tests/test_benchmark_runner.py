@@ -199,6 +199,9 @@ def test_other_ways_to_prune_are_of_what_was_chosen_for_the_middle_sparsity():
         "| SGD + l1, 1 of 3 diverged | 98.0 ± 0.0 | 90.0 ± 1.4 | 89.0 ± 1.4 | 88.0 ± 1.4 | 81.0 ± 1.4 | 87.0 ± 1.4 | "
         "– | – | – |",
     ]
+    assert report.kept(rows).splitlines()[2:] == [
+        "| digits_cnn, SGD, 97 % | – | **88.0** ± 1.4 (90.0) | – | – | – | – | – |"
+    ]
     fewer = [row for row in rows if row["sparsity"] != "0.99"]
     assert "int8" in report.ways(fewer, "digits_cnn", ["sgd+l1"])
     assert "99 %" not in report.ways(fewer, "digits_cnn", ["sgd+l1"])
