@@ -13,9 +13,9 @@ import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from benchmarks import arguments, runner, tasks, tuning
+from benchmarks import arguments, runner, tasks, tuning, ways
 from benchmarks.methods import BASES
-from benchmarks.report import cell, filled, mean_text, ways
+from benchmarks.report import cell, filled
 from benchmarks.trials import COLUMNS, KEY, NUMBERS, Trial, check_data, prepare, run_trial, steps_of
 from wcr_optim.files import written_whole
 
@@ -131,7 +131,8 @@ def report(rows: tuning.Rows, task: str, base: str) -> str:
             lines.append(f"| {name} | " + " | ".join(cells) + " |")
         blocks.append("\n".join(lines))
     plain = [row for row in rows if not row["options"]]
-    blocks.append(ways(plain, task, [base, *(f"{base}+{penalty}" for penalty in ("l1", "hoyer", "wcr", "scale_free"))]))
+    shown = [base, *(f"{base}+{penalty}" for penalty in ("l1", "hoyer", "wcr", "scale_free"))]
+    blocks.append(ways.of_task(plain, task, shown))
     return "\n\n".join(blocks)
 
 
@@ -143,4 +144,4 @@ def _cell(rows: tuning.Rows, task: str, method: str, options: str, goal: float) 
     if not found.values:
         return f"diverged at {found.strength:g}"
     failed = f", {found.failed} of {found.failed + len(found.values)} diverged" if found.failed else ""
-    return f"{mean_text(found.values)} ({found.dense_mean:.1f}) at {found.strength:g}{failed}"
+    return f"{ways.mean_text(found.values)} ({found.dense_mean:.1f}) at {found.strength:g}{failed}"

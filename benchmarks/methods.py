@@ -88,6 +88,15 @@ LABELS = {
 }
 
 
+BRIEF = (None, "l1", "prox", "hoyer", "wcr", "scale_free", "target")
+"""Penalties of the tables of all tasks."""
+
+
+def penalty_label(penalty: str | None) -> str:
+    """Name a penalty, or that there is none, in tables and pictures."""
+    return "no penalty" if penalty is None else LABELS.get(penalty, penalty)
+
+
 class Follower(Protocol):
     """What follows the optimizer through training, called after each of its steps."""
 

@@ -20,9 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks import arguments, runner, tasks, tuning
-from benchmarks.methods import LABELS, PENALTIES, PRUNING, RHO, SHARPNESS, Method
-from benchmarks.trials import COLUMNS, KEY, NUMBERS, PATTERNS
+from benchmarks import arguments, runner, tasks, tuning, ways
+from benchmarks.methods import BRIEF, LABELS, PENALTIES, PRUNING, RHO, SHARPNESS, Method, penalty_label
+from benchmarks.trials import COLUMNS, KEY, NUMBERS
 from wcr_optim import plots
 from wcr_optim.files import written_whole
 
@@ -31,8 +31,6 @@ SHOWN = 12
 """How many tolerances a strength may cost dense and still be in the picture of the trade-off."""
 GOAL_SEARCHED = ", goal searched"
 BOTH_SEARCHED = ", goal and rho searched"
-BRIEF = (None, "l1", "prox", "hoyer", "wcr", "scale_free", "target")
-"""Penalties of the table of all tasks."""
 Rows = Sequence[Mapping[str, str]]
 
 
@@ -192,7 +190,7 @@ def _table(rows: Rows, task: str, laid_out: Cells) -> str:
 
 def brief(rows: Rows) -> str:
     """Lay out tasks and bases down and penalties across, at each task's highest wanted sparsity, as Markdown."""
-    lines = ["| task, base, sparsity | " + " | ".join(map(_name, BRIEF)) + " |", "|---" * (len(BRIEF) + 1) + "|"]
+    lines = [*ways.BRIEF_HEAD]
     for task in dict.fromkeys(row["task"] for row in rows):
         kind, of_task = tasks.task(task), [row for row in rows if row["task"] == task]
         goal = kind.goals[-1]
@@ -230,7 +228,7 @@ def _label(rows: Rows, task: str, method: str, search: bool) -> str:
 def _cell_text(kind: tasks.Task, found: Cell | None, best: float | None, *, short: bool = False) -> str:
     if found is None:
         return "–"
-    places = _places(kind)
+    places = kind.places
     value = f"{found.mean:.{places}f}"
     value = f"**{value}**" if best is not None and value == f"{best:.{places}f}" else value
     at = "" if found.strength is None else f" at {found.strength:g}"
@@ -259,7 +257,7 @@ def _costs(row: Sequence[Cell | None]) -> list[str]:
 def verdict(rows: Rows, task: str, careful: Cells) -> str:
     """Say for each wanted sparsity which of the careful cells is best, and by how much."""
     kind = tasks.task(task)
-    places = _places(kind)
+    places = kind.places
     one_shot = {m: row for m, row in careful.items() if Method.of(m[0]).pruning is None}
     lines = []
     for place, goal in enumerate(kind.goals):
@@ -287,116 +285,6 @@ def verdict(rows: Rows, task: str, careful: Cells) -> str:
     return "\n".join(lines)
 
 
-def ways(rows: Rows, task: str, methods: Sequence[str]) -> str:
-    """Lay out methods down and ways to prune across, each with what was chosen for the middle wanted sparsity.
-
-    Those are: globally; per layer; globally, BatchNorm's statistics left as the dense network had them, where there
-    are any; globally, at the first sparsity that was measured beyond those that are wanted, if one was; N:M patterns;
-    and int8 after pruning.
-    """
-    kind = tasks.task(task)
-    goal, fresh = _middle(kind), str(kind.calibration is not None)
-    measured = {float(row["sparsity"]) for row in rows if (row["task"], row["scope"]) == (task, "global")}
-    beyond = min((sparsity for sparsity in measured if sparsity > max(kind.goals)), default=1.0)
-    columns = [
-        ("dense", "global", 0.0, fresh),
-        (f"{100 * goal:g} % global", "global", goal, fresh),
-        (f"{100 * goal:g} % per layer", "layer", goal, fresh),
-        (f"{100 * goal:g} % global, statistics kept", "global", goal, "False"),
-        (f"{100 * beyond:g} % global", "global", beyond, fresh),
-        *((f"{n}:{m} ({100 * (1 - n / m):g} %)", f"{n}:{m}", 1 - n / m, fresh) for n, m in PATTERNS),
-        (f"{100 * goal:g} % global, int8", "int8", goal, fresh),
-    ]
-    without = {f"{100 * goal:g} % global, statistics kept"} if kind.calibration is None else set()
-    columns = [column for column in columns if column[0] not in without and column[2] < 1.0]
-    head = " | ".join(name for name, *_ in columns)
-    lines = [f"| How it is pruned | {head} |", "|---" * (len(columns) + 1) + "|"]
-    for method in methods:
-        found, failed, count = _ways_of(rows, task, method)
-        if not count:
-            continue
-        said = f", {failed} of {count} diverged" if failed else ""
-        texts = [mean_text(found.get((scope, at, estimated), []), _places(kind)) for _, scope, at, estimated in columns]
-        lines.append(f"| {Method.of(method).label}{said} | " + " | ".join(texts) + " |")
-    return "\n".join(lines)
-
-
-def kept(rows: Rows) -> str:
-    """Lay out tasks and bases down and penalties across, BatchNorm's statistics left as the dense network had them.
-
-    At each task's middle wanted sparsity, what was chosen for it with statistics estimated anew; those values stand in
-    parentheses. Tasks without such statistics have no row.
-    """
-    lines = ["| task, base, sparsity | " + " | ".join(map(_name, BRIEF)) + " |", "|---" * (len(BRIEF) + 1) + "|"]
-    for task in dict.fromkeys(row["task"] for row in rows):
-        kind, of_task = tasks.task(task), [row for row in rows if row["task"] == task]
-        goal = _middle(kind)
-        if kind.calibration is None:
-            continue
-        for base in kind.lr:
-            pairs = []
-            for penalty in BRIEF:
-                found, _, _ = _ways_of(of_task, task, f"{base}+{penalty}" if penalty else base)
-                pairs.append([found.get(("global", goal, estimated), []) for estimated in ("False", "True")])
-            means = [statistics.mean(values) for values, _ in pairs if values]
-            if not means:
-                continue
-            best = f"{kind.best(means):.{_places(kind)}f}"
-            texts = []
-            for values, estimated in pairs:
-                text = mean_text(values, _places(kind))
-                text = f"**{best}**{text.removeprefix(best)}" if text.split(" ")[0] == best else text
-                texts.append(f"{text} ({statistics.mean(estimated):.{_places(kind)}f})" if estimated else text)
-            lines.append(f"| {task}, {LABELS[base]}, {100 * goal:g} % | " + " | ".join(texts) + " |")
-    return "\n".join(lines)
-
-
-def _ways_of(rows: Rows, task: str, method: str) -> tuple[dict[tuple[str, float, str], list[float]], int, int]:
-    """Collect the values of a method on the test split, with what was chosen for the middle wanted sparsity.
-
-    Returns:
-        Values of the task's metric by scope, sparsity and `recalibrated`; how many runs diverged; and how many there
-        were.
-    """
-    kind, parts = tasks.task(task), Method.of(method)
-    goal, fresh = _middle(kind), str(kind.calibration is not None)
-    pair = tuning.chosen(rows, task, method, goal) if parts.searched else (0.0, 0.0)
-    own = [
-        row
-        for row in rows
-        if (row["task"], row["method"], row["split"]) == (task, method, "test")
-        and row["metric"] in ("", kind.metric)
-        and (float(row["strength"]), float(row["rho"])) == pair
-        and float(row["goal"]) == (goal if parts.has_goal else 0.0)
-    ]
-    # Those of which the first table has no value; where there is none in another way to prune, it is left out.
-    shown = [row for row in own if not row["metric"] or (row["scope"], row["recalibrated"]) == ("global", fresh)]
-    failed = {row["seed"] for row in shown if tuning.failed(row)}
-    found: dict[tuple[str, float, str], list[float]] = {}
-    for row in own:
-        if row["seed"] not in failed and not tuning.failed(row):
-            at = (row["scope"], float(row["sparsity"]), row["recalibrated"])
-            found.setdefault(at, []).append(float(row["value"]))
-    return found, len(failed), len({row["seed"] for row in own})
-
-
-def _middle(kind: tasks.Task) -> float:
-    return kind.goals[len(kind.goals) // 2]
-
-
-def _places(kind: tasks.Task) -> int:
-    """Return how many digits of a value stand after its point."""
-    return 3 if kind.metric == "bits_per_byte" else 1
-
-
-def mean_text(values: Sequence[float], places: int = 1) -> str:
-    """Write a mean and, of several values, their sample standard deviation."""
-    if not values:
-        return "–"
-    spread = f" ± {statistics.stdev(values):.{places}f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.{places}f}{spread}"
-
-
 def _shares(rows: Rows, task: str) -> str:
     """Say what share of all parameters the wanted sparsities are: they count the weights that are pruned at all."""
     counts = {
@@ -418,7 +306,7 @@ def section(rows: Rows, task: str) -> str:
     """Lay out all that is known of a task."""
     kind = tasks.task(task)
     careful = cells(rows, task, careful=True)
-    goal = _middle(kind)
+    goal = kind.middle
     unit = {"bits_per_byte": "bits per byte, lower is better"}.get(kind.metric, f"{kind.metric} in percent")
     said = [
         f"Data: {kind.data}{_hashes(rows, task)}. {_steps(rows, kind)} steps. {unit[0].upper() + unit[1:]}; mean ± "
@@ -430,7 +318,7 @@ def section(rows: Rows, task: str) -> str:
         _table(rows, task, careful),
         verdict(rows, task, careful),
         f"Other ways to prune, each with what the validation split chose for {100 * goal:g} % pruned globally:",
-        ways(rows, task, [f"{base}+{name}" if name else base for base in kind.lr for name in BRIEF]),
+        ways.of_task(rows, task, [f"{base}+{name}" if name else base for base in kind.lr for name in BRIEF]),
     ]
     return "\n\n".join(text for text in said if text)
 
@@ -483,7 +371,7 @@ def summary(rows: Rows) -> dict[str, Any]:
 def draw(rows: Rows, task: str, folder: Path) -> None:
     """Draw a task's metric over sparsity, and what each strength costs dense against what it keeps."""
     kind = tasks.task(task)
-    goal = _middle(kind)
+    goal = kind.middle
     curves: dict[str, dict[str | None, list[tuple[float, float]]]] = {}
     tradeoffs: dict[str, list[tuple[float, float]]] = {}
     for method in tested(rows, task):
@@ -529,7 +417,7 @@ def _draw_bases(
     panels = figure.subplots(1, len(curves), sharey=True, squeeze=False)[0]
     for ax, (base, of_base) in zip(panels, curves.items(), strict=True):
         # Penalties that a base lacks keep their place, so that the others keep their colours.
-        drawn = {_name(penalty): of_base.get(penalty, [(0.0, math.nan)]) for penalty in penalties}
+        drawn = {penalty_label(penalty): of_base.get(penalty, [(0.0, math.nan)]) for penalty in penalties}
         plots.sparsity_accuracy(drawn, ax=ax, ylabel=ylabel)
         ax.label_outer()
         ax.get_legend().remove()
@@ -537,10 +425,6 @@ def _draw_bases(
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, frameon=False, fontsize="small", loc="outside right center")
     figure.savefig(path, dpi=200)
-
-
-def _name(penalty: str | None) -> str:
-    return "no penalty" if penalty is None else LABELS.get(penalty, penalty)
 
 
 def write(rows: Rows, folder: Path, suite: str) -> None:
@@ -587,7 +471,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not path.is_file():
             parser.error(f"there is no page {path} to renew")
     page = filled(o.page.read_text(encoding="utf-8"), "brief", brief(rows))
-    page = filled(page, "kept", kept(rows))
+    page = filled(page, "kept", ways.kept(rows))
     for task in dict.fromkeys(row["task"] for row in rows):
         of_task = [row for row in rows if row["task"] == task]
         if tested(of_task, task):

@@ -18,7 +18,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import ablations, report, runner, suites, tasks, trials, tuning
+from benchmarks import ablations, report, runner, suites, tasks, trials, tuning, ways
 from benchmarks.__main__ import main as benchmarks
 from benchmarks.curvature import largest_eigenvalue
 from benchmarks.gradual import GradualPruning
@@ -192,19 +192,19 @@ def test_other_ways_to_prune_are_of_what_was_chosen_for_the_middle_sparsity():
     nothing = {"value": "nan", "seed": "1"}  # that no other column reads
     rows += cnn(test[-1:], scope="1:8", sparsity="0.875", strength="0.1", **nothing)
     rows += cnn(test[-1:], metric="loss", strength="0.1", **nothing)
-    assert report.ways(rows, "digits_cnn", ["sgd", "sgd+l1"]).splitlines() == [
+    assert ways.of_task(rows, "digits_cnn", ["sgd", "sgd+l1"]).splitlines() == [
         "| How it is pruned | dense | 97 % global | 97 % per layer | 97 % global, statistics kept | 99 % global | "
         "2:4 (50 %) | 1:4 (75 %) | 1:8 (87.5 %) | 97 % global, int8 |",
         "|---|---|---|---|---|---|---|---|---|---|",
         "| SGD + l1, 1 of 3 diverged | 98.0 ± 0.0 | 90.0 ± 1.4 | 89.0 ± 1.4 | 88.0 ± 1.4 | 81.0 ± 1.4 | 87.0 ± 1.4 | "
         "– | – | – |",
     ]
-    assert report.kept(rows).splitlines()[2:] == [
+    assert ways.kept(rows).splitlines()[2:] == [
         "| digits_cnn, SGD, 97 % | – | **88.0** ± 1.4 (90.0) | – | – | – | – | – |"
     ]
     fewer = [row for row in rows if row["sparsity"] != "0.99"]
-    assert "int8" in report.ways(fewer, "digits_cnn", ["sgd+l1"])
-    assert "99 %" not in report.ways(fewer, "digits_cnn", ["sgd+l1"])
+    assert "int8" in ways.of_task(fewer, "digits_cnn", ["sgd+l1"])
+    assert "99 %" not in ways.of_task(fewer, "digits_cnn", ["sgd+l1"])
     assert "Of 100 parameters 90 are pruned, so 90, 95, 97, 98 % are 81, 85.5, 87.3, 88.2 % of all." in report.section(
         rows, "digits_cnn"
     )

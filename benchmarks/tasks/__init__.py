@@ -68,6 +68,16 @@ class Task:
     data: str = ""
     data_hash: str = ""
 
+    @property
+    def middle(self) -> float:
+        """The middle one of the sparsities at which methods are compared."""
+        return self.goals[len(self.goals) // 2]
+
+    @property
+    def places(self) -> int:
+        """How many digits of a value stand after its point in tables."""
+        return 3 if self.metric == "bits_per_byte" else 1
+
 
 def names() -> dict[str, str]:
     """Return the names of all tasks and the modules that they are in.
