@@ -60,7 +60,12 @@ PENALTIES: dict[str, Callable[[Optimizer, float], Optimizer]] = {
     "scale_free_in_loss": lambda base, strength: InLoss(base, ScaleFree(), strength),
     "scale_free_explicit": lambda base, strength: ExplicitStep(base, ScaleFree(), strength),
     "target": lambda base, strength: WCR(base, form="per_unit"),  # which finds its strength
+    "target_latent": lambda base, strength: WCR(base, form="per_unit", latent_weights=True),
 }
+DRIVEN = ("target", "target_latent")
+"""Penalties whose strength SparsityTarget finds."""
+OURS = ("wcr", "scale_free", "relative", "per_unit", *DRIVEN)
+"""Forms of WCR, as they are compared with all other penalties."""
 PRUNING = ("random", "gradual")
 """Other ways to prune than once by magnitude: at random, or step by step during training (not one-shot)."""
 
@@ -82,13 +87,14 @@ LABELS = {
     "relative": "relative WCR",
     "per_unit": "per-unit WCR",
     "target": "SparsityTarget",
+    "target_latent": "SparsityTarget, latent weights",
     "prox": "ProxLasso (torchao)",
     "random": "pruned at random",
     "gradual": "gradual pruning (not one-shot)",
 }
 
 
-BRIEF = (None, "l1", "prox", "hoyer", "wcr", "scale_free", "target")
+BRIEF = (None, "l1", "prox", "hoyer", "wcr", "scale_free", "target", "target_latent")
 """Penalties of the tables of all tasks."""
 
 
@@ -158,14 +164,19 @@ class Method:
     @property
     def searched(self) -> str | None:
         """What is searched on the validation split: "strength", "rho", or nothing."""
-        if self.penalty is not None and self.penalty != "target":
+        if self.penalty is not None and not self.is_driven:
             return "strength"
         return "rho" if self.sharpness is not None and self.penalty is None else None
 
     @property
+    def is_driven(self) -> bool:
+        """Whether SparsityTarget drives the penalty."""
+        return self.penalty in DRIVEN
+
+    @property
     def has_goal(self) -> bool:
         """Whether the method is told the sparsity that is wanted, so that each one takes a run of its own."""
-        return self.penalty == "target" or self.pruning == "gradual"
+        return self.is_driven or self.pruning == "gradual"
 
     def optimizer(
         self,
@@ -202,7 +213,7 @@ class Method:
                 group[OPTION.get(self.penalty, "weight_concentration")] = strength if reached else 0.0
                 if layers == "all":
                     group["min_ndim"] = 1
-        if self.penalty == "target":
+        if self.is_driven:
             groups[0]["weight_concentration"] = 1.0  # the ratio between groups is all that SparsityTarget keeps of it
         optimizer = BASES[self.base](groups, lr)
         if self.penalty == "prox":
@@ -215,7 +226,7 @@ class Method:
         self, optimizer: Optimizer, model: nn.Module, task: Task, goal: float, steps: int, options: Mapping[str, Any]
     ) -> Follower | None:
         """Build what follows the optimizer through training, None for most methods."""
-        if self.penalty == "target":
+        if self.is_driven:
             return SparsityTarget(optimizer, goal, steps, **options)
         if self.pruning == "gradual":
             return GradualPruning(model, goal, steps, exclude=task.exclude)

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import arguments, runner, tasks, tuning, ways
-from benchmarks.methods import BRIEF, LABELS, PENALTIES, PRUNING, RHO, SHARPNESS, Method, penalty_label
+from benchmarks.methods import BRIEF, LABELS, OURS, PENALTIES, PRUNING, RHO, SHARPNESS, Method, penalty_label
 from benchmarks.trials import COLUMNS, KEY, NUMBERS
 from wcr_optim import plots
 from wcr_optim.files import written_whole
@@ -262,11 +262,7 @@ def verdict(rows: Rows, task: str, careful: Cells) -> str:
     lines = []
     for place, goal in enumerate(kind.goals):
         found = {m: c for m, row in one_shot.items() if (c := row[place]) is not None}
-        ours = {
-            m: c
-            for m, c in found.items()
-            if Method.of(m[0]).penalty in ("wcr", "scale_free", "relative", "per_unit", "target")
-        }
+        ours = {m: c for m, c in found.items() if Method.of(m[0]).penalty in OURS}
         others = {m: c for m, c in found.items() if m not in ours}
         if not ours or not others:
             continue

@@ -46,7 +46,7 @@ SUITES = {
     "language": ("language",),
     "segmentation": ("mosaics", "tissue"),
 }
-PENALTIES = ("l1", "l2", "hoyer", "wcr", "scale_free", "per_unit", "target")
+PENALTIES = ("l1", "l2", "hoyer", "wcr", "scale_free", "per_unit", "target", "target_latent")
 
 
 def main(suite: str, argv: Sequence[str] | None = None) -> int:
@@ -102,7 +102,7 @@ def _run(device: str, sparsities: tuple[float, ...], trial: Trial, progress: Cal
 
 def _is_searched(method: str) -> bool:
     """Say whether anything is chosen on validation: a strength, a radius, or what SparsityTarget is told (`told`)."""
-    return Method.of(method).searched is not None or Method.of(method).penalty == "target"
+    return Method.of(method).searched is not None or Method.of(method).is_driven
 
 
 def every_method(task: str, *, quick: bool = False) -> list[str]:
@@ -205,7 +205,7 @@ def _try(method: Method, options: str) -> None:
     if any("=" not in option for option in options.split(";") if option):
         raise ValueError(f"--options takes name=value;name=value, got {options!r}")
     optimizer = method.optimizer(nn.Linear(4, 4), lr=0.1, weight_decay=0.0, strength=1.0)
-    if method.penalty == "target":
+    if method.is_driven:
         own = {name: value for name, value in read_options(options).items() if name not in OF_RUNS}
         try:
             SparsityTarget(optimizer, 0.9, 100, **own)

@@ -73,7 +73,7 @@ def grid(task: str, method: str, count: int, *, beyond: bool = False) -> list[tu
         chosen = sorted({round(k * (len(RHOS) - 1) / between) for k in range(count)}) if count > 1 else [5]
         factors = [*(RHOS[k] for k in chosen), *(RHOS_BEYOND if beyond else ())]
         return [(0.0, float(f"{rho * factor:.3g}")) for factor in factors]
-    if parts.penalty == "target" and parts.sharpness is not None and count > 1:
+    if parts.is_driven and parts.sharpness is not None and count > 1:
         return [(0.0, float(f"{rho * factor:.3g}")) for factor in DRIVEN_RHOS]
     return [(0.0, rho)]
 
@@ -172,7 +172,7 @@ def _told(task: str, method: str, told: Sequence[float]) -> tuple[float, ...]:
 
 
 def _options(method: str, options: str) -> str:
-    return options if Method.of(method).penalty == "target" else ""
+    return options if Method.of(method).is_driven else ""
 
 
 def chosen(
@@ -213,7 +213,7 @@ def driven(rows: Rows, task: str, method: str, goal: float, *, careful: bool = F
     Returns:
         None for other methods, if there are no runs on that split, or none that is careful enough.
     """
-    if Method.of(method).penalty != "target":
+    if not Method.of(method).is_driven:
         return None
     options = next((row["options"] for row in rows if (row["task"], row["method"]) == (task, method)), "")
     best = _best(rows, task, method, goal, careful=careful, options=options)

@@ -15,8 +15,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from wcr_optim import backends, layer_numbers
+from wcr_optim.eager_units import number_of_units
 from wcr_optim.fused import FusedUpdate
 from wcr_optim.invariance import invariant_units, one_threshold
+from wcr_optim.latent import LatentWeights
 from wcr_optim.layout import local, random_streams
 from wcr_optim.moments import Moments, across_devices, counts, moments, of_sums
 from wcr_optim.penalties import L1, L2, HoyerSquare, InverseVariance, Penalty, PerUnit, Relative, ScaleFree
@@ -24,7 +26,7 @@ from wcr_optim.precision import accumulator
 from wcr_optim.shrink import shrink_
 from wcr_optim.units import shrink_keeping_energy_, shrink_units_, spread, unit_moments
 from wcr_optim.uploads import select
-from wcr_optim.wrapper import OptimizerWrapper
+from wcr_optim.wrapper import OptimizerWrapper, runs_closure
 
 ROUNDING_SEED = "rounding_seed"
 # Between the seeds of streams of random numbers: steps count up from one, fused calls by 2^32 (see `fused`).
@@ -67,10 +69,16 @@ class Decoupled(OptimizerWrapper):
     would otherwise be rounded away at every step. Draws depend on a counter that is saved in the groups
     ("rounding_seed"), so a resumed run repeats them; torch's global generators are not touched.
 
+    With `latent_weights`, weights that the flow takes to zero stay exactly there until the base's updates since add up
+    to more than the thresholds since do, see `latent.LatentWeights`. Adam moves what shall stay small as far as all
+    other weights, at every step; so held, it cannot. Two more tensors are in each weight's state, one of the weight's
+    size, and a base cannot take the shrink along in its own pass.
+
     Args:
         base: The optimizer instance to wrap; LBFGS, which runs its closure itself, gets the penalty after its step.
         penalty: The penalty, an instance such as `penalties.L1()`.
         strength: Default strength, not negative, a number or a tensor of one element.
+        latent_weights: Whether weights at zero are held there (default: False).
         stochastic_rounding: Whether to round weights of less than 32 bits stochastically (default: True).
         backend: How moments and shrink are computed: "auto", "eager", "compiled" or "triton", see `backends`
             (default: "auto").
@@ -78,7 +86,8 @@ class Decoupled(OptimizerWrapper):
     Raises:
         TypeError: If base or penalty is no instance, or a weight under the penalty is complex, sparse or no float.
         ValueError: If a strength is negative, NaN, infinite or has several elements, a group is empty or has no lr,
-            another wrapper around the base has the same option, or the backend asked for cannot run.
+            another wrapper around the base has the same option, the backend asked for cannot run, or latent weights are
+            asked for around a base that runs its closure itself.
 
     Source:
         The idea of decoupling: Loshchilov & Hutter, "Decoupled Weight Decay Regularization", ICLR 2019.
@@ -108,7 +117,7 @@ class Decoupled(OptimizerWrapper):
     """
     cutoff: float = math.inf
     """Magnitude from which that one threshold spares weights; SparsityTarget sets it by what pruning will keep."""
-    _outside_graphs: ClassVar[Callable[[Decoupled], None]]
+    _outside_graphs: ClassVar[Callable[[Callable[[], None]], None]]
 
     def __init__(
         self,
@@ -118,6 +127,7 @@ class Decoupled(OptimizerWrapper):
         backend: str = "auto",
         *,
         stochastic_rounding: bool = True,
+        latent_weights: bool = False,
     ) -> None:
         if not isinstance(penalty, Penalty):
             kind = f"the class {penalty.__name__}" if isinstance(penalty, type) else f"{penalty!r}"
@@ -126,6 +136,12 @@ class Decoupled(OptimizerWrapper):
         self.penalty = penalty
         self.stochastic_rounding = stochastic_rounding
         self.backend = backend
+        if latent_weights and isinstance(base, Optimizer) and runs_closure(base):
+            raise ValueError(
+                f"{type(base).__name__} moves weights before the penalty's step, so none can be held at zero; leave "
+                f"latent_weights out"
+            )
+        self._latent = LatentWeights(f"{penalty.option}_latent") if latent_weights else None
         own = [group.get(penalty.option) for group in getattr(base, "param_groups", ())]  # before those without get it
         super().__init__(base, **{penalty.option: strength})
         self._warn_of_no_use(strength, own)
@@ -145,11 +161,13 @@ class Decoupled(OptimizerWrapper):
 
     def update(self) -> None:
         """Apply the penalty, then the base's update, in one pass over the weights where the base can fuse them."""
-        if self._rounds():
-            type(self)._outside_graphs(self)
+        if self._rounds() or self._latent is not None:
+            type(self)._outside_graphs(self._regularize)
         else:
             self._regularize()
         super().update()
+        if self._latent is not None:
+            type(self)._outside_graphs(self._release)
         if isinstance(self.base, FusedUpdate):
             self.base.forget()
 
@@ -181,15 +199,21 @@ class Decoupled(OptimizerWrapper):
                 group[ROUNDING_SEED] = int(group[ROUNDING_SEED])  # as a template has it that took no step yet
         return state_dict
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state_dict as `OptimizerWrapper.load_state_dict`, latent weights included."""
+        super().load_state_dict(state_dict)
+        if self._latent is not None:
+            self._latent.load(self, state_dict)
+
     def _create_hooks(self) -> None:
         super()._create_hooks()
         # Fresh random bits at every step are nothing that a graph of torch.compile can hold. Made here, since
         # torch.compile cannot trace the making, and not with the module, since it imports what only optimizers need.
-        Decoupled._outside_graphs = staticmethod(
-            torch.compiler.disable(Decoupled._regularize)  # type: ignore[no-untyped-call]
-        )
+        Decoupled._outside_graphs = staticmethod(torch.compiler.disable(_call))  # type: ignore[no-untyped-call]
 
     def _regularize(self) -> None:
+        if self._latent is not None:
+            self._latent.begin()
         if isinstance(self.base, FusedUpdate):
             self.base.forget()  # what an interrupted step left
         weights: defaultdict[torch.device, list[Tensor]] = defaultdict(list)
@@ -198,6 +222,7 @@ class Decoupled(OptimizerWrapper):
         for number, group in enumerate(self._filled_groups()):
             s = self._bounded(group["lr"] * group[self.penalty.option], number)
             if _is_zero(s):
+                self._hold_at_zero(group)
                 continue
             for device, chosen in self._regularized(group).items():
                 weights[device] += chosen.values()
@@ -223,6 +248,19 @@ class Decoupled(OptimizerWrapper):
                 self._shrink(own, select(gain, index), select(threshold, index), _apart(seed, stream * STREAM), backend)
         if lifts and weights:
             self.lift_units = False
+        if self._latent is not None:
+            self._latent.hold(self)
+
+    def _release(self) -> None:
+        if self._latent is not None:
+            with self.true_weights():  # SSAM's, in a loop without closures, are others from here on
+                self._latent.release(self)
+
+    def _hold_at_zero(self, group: Mapping[str, Any]) -> None:
+        """Hold the latent weights of a group through a step of length 0, such as a checkpoint loader's probe."""
+        if self._latent is not None and not _is_zero(group[self.penalty.option]):
+            for chosen in self._regularized(group).values():
+                self._latent.take(self, list(chosen.values()), [0.0] * len(chosen))
 
     def _bounded(self, s: float | Tensor, number: int) -> float | Tensor:
         """Return a group's step length, no longer than `longest` says."""
@@ -245,7 +283,9 @@ class Decoupled(OptimizerWrapper):
     ) -> None:
         """Shrink layers now, or have the base do so on its way."""
         rest = list(range(len(layers)))
-        if isinstance(self.base, FusedUpdate) and not torch.compiler.is_compiling():
+        if self._latent is not None:
+            self._latent.take(self, layers, threshold.unbind())
+        elif isinstance(self.base, FusedUpdate) and not torch.compiler.is_compiling():
             rest = self.base.take_over(layers, gain, threshold, seed, backend)
         if rest:
             left = [layers[i] for i in rest]
@@ -281,6 +321,7 @@ class Decoupled(OptimizerWrapper):
         for own in units:
             gain = own.gain if isinstance(own.lift, float) else own.gain * own.lift
             own_seed = _apart(seed, own.stream * STREAM)
+            self._take_units(own.layers, own.threshold)
             shrink_units_(own.layers, gain, own.threshold, seed=own_seed, backend=backend)
 
     def _shrink_by_one_threshold(self, units: Iterator[_Units], seed: int | Tensor | None, backend: str) -> None:
@@ -293,9 +334,14 @@ class Decoupled(OptimizerWrapper):
         for own, threshold in zip(every, torch.split(common, [len(own.threshold) for own in every]), strict=True):
             own_seed = _apart(seed, own.stream * STREAM + APART)
             lift = own.lift if isinstance(own.lift, Tensor) else torch.ones_like(threshold)
+            self._take_units(own.layers, threshold)
             shrink_keeping_energy_(
                 own.layers, own.moments, threshold, lift, cutoff=self.cutoff, seed=own_seed, backend=backend
             )
+
+    def _take_units(self, layers: Sequence[Tensor], threshold: Tensor) -> None:
+        if self._latent is not None:
+            self._latent.take(self, layers, torch.split(threshold, [number_of_units(w) for w in layers]))
 
     def _regularized(self, group: Mapping[str, Any]) -> dict[torch.device, dict[int, Tensor]]:
         """Return the weights of a group that the penalty acts on, by device and by their place in the group."""
@@ -416,6 +462,7 @@ class WCR(Decoupled):
         eps: Added to V in the preprint's form; the scale-free form has none (default: 1e-8).
         max_growth: Bound on a weight's growth in one step, gain <= 1 + max_growth (default: 0.1).
         stochastic_rounding: Whether to round weights of less than 32 bits stochastically (default: True).
+        latent_weights: Whether weights that were taken to zero are held there, see `Decoupled` (default: False).
         backend: How moments and shrink are computed: "auto", "eager", "compiled" or "triton", see `backends`
             (default: "auto").
 
@@ -436,10 +483,18 @@ class WCR(Decoupled):
         max_growth: float = 0.1,
         *,
         stochastic_rounding: bool = True,
+        latent_weights: bool = False,
         backend: str = "auto",
     ) -> None:
         penalty = concentration_penalty(form, eps, max_growth)
-        super().__init__(base, penalty, weight_concentration, stochastic_rounding=stochastic_rounding, backend=backend)
+        super().__init__(
+            base,
+            penalty,
+            weight_concentration,
+            stochastic_rounding=stochastic_rounding,
+            latent_weights=latent_weights,
+            backend=backend,
+        )
 
 
 class L1Decay(Decoupled):
@@ -449,6 +504,7 @@ class L1Decay(Decoupled):
         base: The optimizer instance to wrap.
         l1_decay: Default strength; also the key in the groups (default: 1e-4).
         stochastic_rounding: Whether to round weights of less than 32 bits stochastically (default: True).
+        latent_weights: Whether weights that were taken to zero are held there, see `Decoupled` (default: False).
         backend: How the step is computed: "auto", "eager", "compiled" or "triton" (default: "auto").
     """
 
@@ -458,9 +514,17 @@ class L1Decay(Decoupled):
         l1_decay: float | Tensor = 1e-4,
         *,
         stochastic_rounding: bool = True,
+        latent_weights: bool = False,
         backend: str = "auto",
     ) -> None:
-        super().__init__(base, L1(), l1_decay, stochastic_rounding=stochastic_rounding, backend=backend)
+        super().__init__(
+            base,
+            L1(),
+            l1_decay,
+            stochastic_rounding=stochastic_rounding,
+            latent_weights=latent_weights,
+            backend=backend,
+        )
 
 
 class L2Decay(Decoupled):
@@ -495,6 +559,7 @@ class HoyerDecay(Decoupled):
         hoyer_decay: Default strength; also the key in the groups (default: 1e-3).
         max_growth: Bound on a weight's growth in one step, gain <= 1 + max_growth (default: 0.1).
         stochastic_rounding: Whether to round weights of less than 32 bits stochastically (default: True).
+        latent_weights: Whether weights that were taken to zero are held there, see `Decoupled` (default: False).
         backend: How moments and shrink are computed: "auto", "eager", "compiled" or "triton", see `backends`
             (default: "auto").
     """
@@ -506,10 +571,18 @@ class HoyerDecay(Decoupled):
         max_growth: float = 0.1,
         *,
         stochastic_rounding: bool = True,
+        latent_weights: bool = False,
         backend: str = "auto",
     ) -> None:
         penalty = HoyerSquare(max_growth)
-        super().__init__(base, penalty, hoyer_decay, stochastic_rounding=stochastic_rounding, backend=backend)
+        super().__init__(
+            base,
+            penalty,
+            hoyer_decay,
+            stochastic_rounding=stochastic_rounding,
+            latent_weights=latent_weights,
+            backend=backend,
+        )
 
 
 def concentration_penalty(form: str, eps: float, max_growth: float) -> Penalty:
@@ -525,6 +598,10 @@ def concentration_penalty(form: str, eps: float, max_growth: float) -> Penalty:
     raise ValueError(
         f"unknown form {form!r}; choose 'inverse_variance' (the preprint's), 'scale_free', 'per_unit' or 'relative'"
     )
+
+
+def _call(function: Callable[[], None]) -> None:
+    function()
 
 
 def _check_lr(lr: Any, where: str) -> None:

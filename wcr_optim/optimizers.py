@@ -33,6 +33,8 @@ class SGD(_DropIn):
     Args:
         weight_concentration: Strength of WCR; 0 is torch.optim.SGD, bit for bit (default: 0.0).
         form: "inverse_variance", "scale_free", "per_unit" or "relative", see `WCR` (default: "inverse_variance").
+        latent_weights: Whether weights that were taken to zero are held there, see `Decoupled`; the shrink then has a
+            pass of its own (default: False).
     """
 
     def __init__(
@@ -50,6 +52,7 @@ class SGD(_DropIn):
         fused: bool | None = None,
         weight_concentration: float | Tensor = 0.0,
         form: str = "inverse_variance",
+        latent_weights: bool = False,
     ) -> None:
         base = (FusedSGD if fused else torch.optim.SGD)(
             params,
@@ -63,7 +66,7 @@ class SGD(_DropIn):
             differentiable=differentiable,
             fused=fused,
         )
-        super().__init__(base, weight_concentration, form)
+        super().__init__(base, weight_concentration, form, latent_weights=latent_weights)
 
 
 class AdamW(_DropIn):
@@ -75,6 +78,8 @@ class AdamW(_DropIn):
     Args:
         weight_concentration: Strength of WCR; 0 is torch.optim.AdamW, bit for bit (default: 0.0).
         form: "inverse_variance", "scale_free", "per_unit" or "relative", see `WCR` (default: "inverse_variance").
+        latent_weights: Whether weights that were taken to zero are held there, see `Decoupled`; the shrink then has a
+            pass of its own (default: False).
     """
 
     def __init__(
@@ -93,6 +98,7 @@ class AdamW(_DropIn):
         fused: bool | None = None,
         weight_concentration: float | Tensor = 0.0,
         form: str = "inverse_variance",
+        latent_weights: bool = False,
     ) -> None:
         base = (FusedAdamW if fused else torch.optim.AdamW)(
             params,
@@ -107,4 +113,4 @@ class AdamW(_DropIn):
             differentiable=differentiable,
             fused=fused,
         )
-        super().__init__(base, weight_concentration, form)
+        super().__init__(base, weight_concentration, form, latent_weights=latent_weights)

@@ -91,9 +91,7 @@ class OptimizerWrapper(Optimizer):
         # to write: the default stays what was given.
         base.defaults.update((option, _copy(value)) for option, value in options.items())
         self._fill_options([options] * len(base.param_groups))
-        # A base whose step cannot go without a closure evaluates it as often as it likes, at weights of its choosing.
-        closure = inspect.signature(type(base).step).parameters.get("closure")
-        self._base_runs_closure = closure is not None and closure.default is inspect.Parameter.empty
+        self._base_runs_closure = not isinstance(base, OptimizerWrapper) and runs_closure(base)
         self._create_hooks()
 
     def _create_hooks(self) -> None:
@@ -429,6 +427,17 @@ def _is_at_hand(factor: float | Tensor) -> bool:
 def _is_one_of_several() -> bool:
     """Whether this process may have no part of a group, as under ZeroRedundancyOptimizer, that others have."""
     return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def runs_closure(optimizer: Optimizer) -> bool:
+    """Return whether an optimizer, or the innermost of a chain of ours, evaluates its closure itself, as LBFGS.
+
+    A step that cannot go without a closure evaluates it as often as it likes, at weights of its choosing.
+    """
+    while isinstance(optimizer, OptimizerWrapper):
+        optimizer = optimizer.base
+    closure = inspect.signature(type(optimizer).step).parameters.get("closure")
+    return closure is not None and closure.default is inspect.Parameter.empty
 
 
 def outermost(optimizer: Optimizer) -> OptimizerWrapper | None:

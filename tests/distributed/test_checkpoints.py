@@ -21,6 +21,7 @@ METHODS = {
     "ssam": lambda base: WCR(SSAM(base), 1e-2),
     "ssam_plain": lambda base: WCR(SSAM(base), 1e-2),
     "cram": lambda base: CrAM(WCR(base, 1e-2)),
+    "latent": lambda base: WCR(base, 0.3, form="per_unit", latent_weights=True),
 }
 
 
@@ -97,6 +98,8 @@ def _begin(rank, folder):
         run.save(folder / "of_two")
         run.steps(range(5, 10))
         run.save(folder / "undisturbed")
+        if method == "latent":
+            assert all(bool((full(p) == 0).any()) for p in run.laid.net.parameters() if p.ndim > 1)
 
 
 def _go_on_with_more_ranks(rank, folder):

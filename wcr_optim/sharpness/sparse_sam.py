@@ -17,8 +17,8 @@ from wcr_optim.pruning.threshold import keep_masks, pruned_count
 from wcr_optim.sharpness.checks import check_keeps_state, refuse_complex
 from wcr_optim.sharpness.guards import RunningStatistics
 from wcr_optim.sharpness.memory import add_
-from wcr_optim.sharpness.slots import Slot
 from wcr_optim.sharpness.two_pass import TwoPass
+from wcr_optim.slots import Slot
 
 EPS = 1e-7
 MADE = "sparse_sam_made"

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from wcr_optim.layout import stamp
 from wcr_optim.sharpness.checks import ClosureWatch, check_base, check_keeps_state, check_rho, gradients, with_gradient
 from wcr_optim.sharpness.memory import copy_, exchange_, exchange_back_, global_norm, norms, scale_
-from wcr_optim.sharpness.slots import Slot
+from wcr_optim.slots import Slot
 from wcr_optim.wrapper import Closure, OptimizerWrapper
 
 EPS = 1e-12
