@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from wcr_optim.eager_units import number_of_units
+from wcr_optim.eager_units import number_of_units, rows_at_once, rows_of
 from wcr_optim.layout import as_dtensor, local
 from wcr_optim.precision import compute_dtype
 from wcr_optim.slots import Slot
@@ -20,8 +20,8 @@ class _Held(NamedTuple):
 
     weight: Tensor
     latent: Tensor
-    reach: Tensor
-    sign: Tensor  # of the shrunk weight, int8
+    sum: Tensor
+    signs: Tensor  # of the shrunk weight on this rank, int8
 
 
 class LatentWeights:
@@ -70,9 +70,9 @@ class LatentWeights:
         """
         for w, threshold in zip(layers, thresholds, strict=True):
             z, total = self._state(optimizer, w)
-            part, latent, reach = local(w), local(z), _by_row(local(total), local(w))
-            moved = part.to(latent.dtype)
-            latent.copy_(torch.where(part == 0, latent, moved + moved.sign() * reach))
+            for x, latent, reach in _pieces(local(w), local(z), local(total)):
+                moved = x.to(latent.dtype)
+                _replace_(latent, moved.sign(), reach).add_(moved)
             local(total).add_(threshold)
         self._taken += layers
 
@@ -80,23 +80,26 @@ class LatentWeights:
         """Note shrunk weights before the base moves them."""
         for w in self._taken:
             z, total = self._state(optimizer, w)
-            part, latent, reach = local(w), local(z), _by_row(local(total), local(w))
-            sign = part.sign()
-            latent.copy_(torch.where(part == 0, latent, sign * reach))
-            self._held.append(_Held(w, latent, reach, sign.to(torch.int8)))
+            signs = torch.empty_like(local(w), dtype=torch.int8, requires_grad=False)
+            for x, latent, reach, sign in _pieces(local(w), local(z), local(total), signs):
+                direction = x.sign().to(latent.dtype)
+                _replace_(latent, direction, reach)
+                sign.copy_(direction)
+            self._held.append(_Held(w, z, total, signs))
         self._taken = []
 
     def release(self, optimizer: Optimizer) -> None:
         """Bring the weights that were zero, or passed through it, to where their latent ones say."""
-        for w, latent, reach, sign in self._held:
-            part = local(w)
-            latent.add_(part)
-            beyond = latent - torch.maximum(torch.minimum(latent, reach), -reach)
-            moved_on = (sign != 0) & ~(part * sign <= 0)  # rounding leaves these as they are, and NaN stays
-            part.copy_(torch.where(moved_on, part, beyond.to(part.dtype)))
-            latent.masked_fill_(part != 0, 0.0)
-        self._latent.settle(optimizer, [w for w, *_ in self._held])
-        self._sum.settle(optimizer, [w for w, *_ in self._held])
+        for w, z, total, signs in self._held:
+            for x, latent, reach, sign in _pieces(local(w), local(z), local(total), signs):
+                latent.add_(x)
+                beyond = latent - latent.minimum(reach).maximum(-reach)
+                # What was not zero and kept its sign is left as it is: rounding has no part in it.
+                torch.where(x * sign > 0, x, beyond.to(x.dtype), out=x)
+                latent.masked_fill_(x != 0, 0.0)
+        weights = [held.weight for held in self._held]
+        self._latent.settle(optimizer, weights)
+        self._sum.settle(optimizer, weights)
         self._held = []
 
     def load(self, optimizer: Optimizer, state_dict: Mapping[str, Any]) -> None:
@@ -121,9 +124,19 @@ class LatentWeights:
         return z, total
 
 
-def _by_row(total: Tensor, part: Tensor) -> Tensor:
-    """Give numbers of a weight's rows the shape that broadcasts over it."""
-    return total.view(-1, *[1] * (part.ndim - 1)) if part.ndim else total.view(())
+def _replace_(latent: Tensor, sign: Tensor, reach: Tensor) -> Tensor:
+    """Put sign * reach where there is a sign, and leave the rest; several times as fast as torch.where on the CPU."""
+    return latent.addcmul_(latent, sign * sign, value=-1.0).addcmul_(sign, reach)
+
+
+def _pieces(part: Tensor, latent: Tensor, total: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Cut what lies on this rank into pieces of whole rows that fit the cache; the sum's broadcast over them."""
+    rows = rows_of(part)
+    reach = total.view(-1, *[1] * (rows.ndim - 1))
+    at_once = rows_at_once(rows)
+    yield from zip(
+        *(torch.split(x, at_once) for x in (rows, rows_of(latent), reach, *map(rows_of, others))), strict=True
+    )
 
 
 def _zero_for_each_row(w: Tensor) -> Tensor:
