@@ -18,6 +18,8 @@ PENALTIES = {
     "wcr": lambda base: WCR(base, 1e-2),
     "scale_free": lambda base: WCR(base, 1e-2, form="scale_free"),
     "per_unit": lambda base: WCR(base, 1e-2, form="per_unit"),
+    "latent": lambda base: WCR(base, 0.3, form="per_unit", latent_weights=True),
+    "latent_l1": lambda base: L1Decay(base, 0.1, latent_weights=True),
     "hoyer": lambda base: HoyerDecay(base, 1e-3),
     "l1": lambda base: L1Decay(base, 1e-3),
 }
@@ -62,9 +64,12 @@ def assert_close(expected, laid, what):
 
 def exchanges(layout, method, laid):
     """Return the bytes of every all-reduce of a step: two numbers in float64 for each sum."""
-    if method == "l1":  # which asks for no moments
+    if method in ("l1", "latent_l1"):  # which asks for no moments
         return []
-    if method == "per_unit":  # whose rows are whole on a rank, but those of the layer that is split by columns
+    if method in (
+        "per_unit",
+        "latent",
+    ):  # whose rows are whole on a rank, but those of the layer that is split by columns
         return [16 * len(local(laid.net[2].weight))] if layout == "by_rows_and_columns" else []
     return [16 * rows for rows in EXCHANGES[layout]]
 
