@@ -93,7 +93,11 @@ def test_drop_ins_take_torchs_arguments_in_torchs_order(ours, theirs):
     assert [(p.name, p.kind, p.default) for p in signature[: len(expected)]] == [
         (p.name, p.kind, p.default) for p in expected
     ]
-    assert [p.name for p in signature[len(expected) :]] == ["weight_concentration", "form"]
+    assert [p.name for p in signature[len(expected) :]] == [
+        "weight_concentration",
+        "form",
+        "latent_weights",
+    ]
 
 
 @each
