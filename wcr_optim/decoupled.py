@@ -159,6 +159,11 @@ class Decoupled(OptimizerWrapper):
                 stacklevel=3 + type(self).__mro__.index(Decoupled),
             )
 
+    @property
+    def latent_weights(self) -> bool:
+        """Whether weights that were taken to zero are held there."""
+        return self._latent is not None
+
     def update(self) -> None:
         """Apply the penalty, then the base's update, in one pass over the weights where the base can fuse them."""
         if self._rounds() or self._latent is not None:

@@ -31,7 +31,7 @@ class LrCompensation:
     Args:
         strengths: The groups.
         sparsity: That the weights shall be pruned to: calls for a factor of 1 / (1 - sparsity) at most.
-        exponent: Of the density, in [0, 1]; 0 touches nothing.
+        exponent: Of the density, in [0, 1]; 0 touches nothing. Another may be set later, but not from or to 0.
     """
 
     def __init__(self, strengths: Strengths, sparsity: float, exponent: float) -> None:

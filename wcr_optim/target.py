@@ -18,7 +18,7 @@ from wcr_optim.checks import check_count, check_number
 from wcr_optim.control import ROUNDING, Cost, Driven, Loop
 from wcr_optim.decoupled import Place
 from wcr_optim.layout import local
-from wcr_optim.lr_compensation import LrCompensation, follows_the_gradient, usual_exponent
+from wcr_optim.lr_compensation import NORMALIZED, LrCompensation, follows_the_gradient, usual_exponent
 from wcr_optim.moments import Moments, across_devices
 from wcr_optim.penalties import InverseVariance, Penalty, PerUnit
 from wcr_optim.strength import Strengths, check_total_steps
@@ -36,6 +36,9 @@ SPARED = 2.0  # times the magnitude below which weights will be pruned: from the
 # Where most weights are in layers that do so, a deeper tail takes from none that is kept. Around Adam, whose goal is
 # the shallower one, it falls on to here, by this share of the run.
 SPARED_TAIL, SPARED_END = 1e-4, 0.9
+# Share of the run at which the tail shall be at its goal; and with latent weights where most weights are spared. What
+# they hold at zero, a network that had only begun to learn does not get back.
+END, LATENT_END = 0.4, 0.7
 NO_WEIGHTS = "there were no weights to drive, or none that were finite and not all zero"
 RECENT = 3  # measurements since which the smoothed loss shall have fallen
 
@@ -99,6 +102,11 @@ class SparsityTarget:
     from none that is kept. An `end` as late as that leaves no time for it. Should a later measurement find fewer in
     such layers, the tail stays where it is.
 
+    With latent weights, a base that follows the gradient is given more of a raised lr there, and the tail more time,
+    unless you gave an `lr_exponent` or an `end`: they become 1 around SGD, and 0.7, with the first measurement that
+    finds most weights in such layers. What is held at zero no raised lr can shake, and a weight that the network has
+    only begun to use is not given back soon.
+
     It does not kill the network: the strength stops rising where more of it would do nothing (a form that saturates),
     where the penalty would take a layer's energy away or has done so (l1), and where the smoothed training loss rises
     too far above the best it has been: by `max_dense_cost`, or, without one, by most of what training gained (by as
@@ -125,12 +133,14 @@ class SparsityTarget:
             "layer", every tensor on its own; each group then has a loop of its own, so put layers into groups
             (default: "global").
         start: Share of the run after which the tail begins to fall (default: 0.0).
-        end: Share of the run at which the tail shall be at its goal (default: 0.4).
+        end: Share of the run at which the tail shall be at its goal. None stands for 0.4, and with latent weights where
+            BatchNorm follows most weights for 0.7 (default: None).
         every: Steps between measurements; None measures 100 times in a run (default: None).
         lr_exponent: How far the base's lr makes up for the lost density, from 0, not at all, to 1; what is above 1/2
             only while the loss falls. None stands for 1 where updates have a size of their own (Adam and all that
             normalize them), for 1/4 around SGD (any class with SGD in its name but SignSGD), whose steps follow the
-            gradient's size at the edge of stability, and for 0 around LBFGS (default: None).
+            gradient's size at the edge of stability, unless with latent weights BatchNorm follows most weights, and for
+            0 around LBFGS (default: None).
 
     Attributes:
         last_tail: The tail as last measured, over all driven weights; NaN before the first step.
@@ -156,7 +166,7 @@ class SparsityTarget:
         *,
         scope: str = "global",
         start: float = 0.0,
-        end: float = 0.4,
+        end: float | None = None,
         every: int | None = None,
         lr_exponent: float | None = None,
     ) -> None:
@@ -166,9 +176,9 @@ class SparsityTarget:
                 raise ValueError(f"{name} must lie between 0 and 1, both excluded, got {value!r}")
         if scope not in ("global", "layer"):
             raise ValueError(f"scope must be 'global' or 'layer', got {scope!r}")
-        start, end = check_number("start", start), check_number("end", end)
-        if not 0.0 <= start < end <= 1.0:
-            raise ValueError(f"start and end are shares of the run, 0 <= start < end <= 1, got {start!r} and {end!r}")
+        start, until = check_number("start", start), END if end is None else check_number("end", end)
+        if not 0.0 <= start < until <= 1.0:
+            raise ValueError(f"start and end are shares of the run, 0 <= start < end <= 1, got {start!r} and {until!r}")
         if every is not None:
             every = check_count("every", every)
         if max_dense_cost is not None and not 0.0 < check_number("max_dense_cost", max_dense_cost) < math.inf:
@@ -183,10 +193,16 @@ class SparsityTarget:
         usual = (PLAIN_TAIL, PLAIN_TAIL) if follows_the_gradient(base) else (NORMALIZED_TAIL, SPARED_TAIL)
         self.tail_energy, self._last_goal = usual if tail_energy is None else (float(tail_energy), float(tail_energy))
         self.sparsity, self.total_steps = float(sparsity), total_steps
-        self.max_dense_cost, self.scope, self.start, self.end = max_dense_cost, scope, start, end
+        self.max_dense_cost, self.scope, self.start, self.end = max_dense_cost, scope, start, until
         self.every = max(1, total_steps // MEASUREMENTS) if every is None else every
         self.lr_exponent = usual_exponent(base) if lr_exponent is None else float(lr_exponent)
         self._lr_compensation = LrCompensation(self._strengths, self.sparsity, self.lr_exponent)
+        # What defaults become with latent weights, once most weights are seen to be spared, and since when they are, as
+        # a share of the run: for good, as a layer may be recognized at one measurement and not at the next.
+        self._latent_end = LATENT_END if end is None else until
+        frees = lr_exponent is None and follows_the_gradient(base)
+        self._latent_exponent = NORMALIZED if frees else self.lr_exponent
+        self._latent_since: float | None = None
         # Where each layer has a goal of its own, units keep the thresholds of their own flow.
         self._one_threshold = scope == "global" and isinstance(self._penalty, PerUnit)
         self._strengths.take_over(type(self).__name__)
@@ -254,16 +270,27 @@ class SparsityTarget:
 
     def path(self, first_tail: float) -> float:
         """Return the tail wanted at the present step of a run that began with a given one."""
-        run = self.steps / self.total_steps
         first = max(first_tail, self.tail_energy)  # if it is sparse already, what it rises by below is no excess
-        wanted = first * math.pow(self.tail_energy / first, _progress(run, self.start, self.end))
+        wanted = first * math.pow(self.tail_energy / first, self._way())
         return wanted * math.pow(self._last_goal / self.tail_energy, max(self._fallen, self._fall()))
+
+    def _way(self) -> float:
+        """Return how much of the way to its goal the tail shall be by now."""
+        run, since = self.steps / self.total_steps, self._latent_since
+        if since is None:
+            return _progress(run, self.start, self.end)
+        before, start = _progress(since, self.start, self.end), max(since, self.start)
+        return before if before == 1.0 else before + (1 - before) * _progress(run, start, self._last_end)
+
+    @property
+    def _last_end(self) -> float:
+        return self.end if self._latent_since is None else self._latent_end
 
     def _fall(self) -> float:
         """Return how much of the way to its last goal the tail shall be by now, where most weights are spared."""
-        if self._last_goal == self.tail_energy or self.end >= SPARED_END or not self._spares_most():
+        if self._last_goal == self.tail_energy or self._last_end >= SPARED_END or not self._spares_most():
             return 0.0
-        return _progress(self.steps / self.total_steps, self.end, SPARED_END)
+        return _progress(self.steps / self.total_steps, self._last_end, SPARED_END)
 
     def _spares_most(self) -> bool:
         """Whether most weights are in layers where those that pruning will keep are spared."""
@@ -289,6 +316,7 @@ class SparsityTarget:
             "scale_invariant": [list(place) for place in base.scale_invariant],
             "cutoff": base.cutoff,
             "fallen": self._fallen,
+            "latent_since": -1.0 if self._latent_since is None else self._latent_since,
             "seen_invariant": [
                 [*place, bool(hidden)]
                 for places, flags in base.seen_invariant
@@ -320,6 +348,8 @@ class SparsityTarget:
         self._strengths.load(state_dict["given"], state_dict["reference"])
         self._loss, self.steps, self.last_tail = loss, steps, last_tail
         self._fallen = state_dict.get("fallen", 0.0)
+        since = state_dict.get("latent_since", -1.0)
+        self._latent_since = since if since >= 0.0 and self._strengths.decoupled.latent_weights else None
         self._loops, self._first_energy, self.history = loops, energy, history
         if not self._strengths.drives:
             return
@@ -409,7 +439,10 @@ class SparsityTarget:
         if measured.seen_invariant:
             seen = measured.seen_invariant.items()
             self._strengths.decoupled.scale_invariant = [place for place, invariant in seen if invariant]
+        if self._latent_since is None and self._strengths.decoupled.latent_weights and self._spares_most():
+            self._latent_since = self.steps / self.total_steps
         self._fallen = max(self._fallen, self._fall())
+        self._lr_compensation.exponent = self.lr_exponent if self._latent_since is None else self._latent_exponent
         if self._one_threshold and 0.0 < measured.energies[0][1] < math.inf:
             self._strengths.decoupled.cutoff = SPARED * measured.threshold
         self._strengths.decoupled.seen_invariant = ()
