@@ -102,10 +102,9 @@ class SparsityTarget:
     from none that is kept. An `end` as late as that leaves no time for it. Should a later measurement find fewer in
     such layers, the tail stays where it is.
 
-    With latent weights, a base that follows the gradient is given more of a raised lr there, and the tail more time,
-    unless you gave an `lr_exponent` or an `end`: they become 1 around SGD, and 0.7, with the first measurement that
-    finds most weights in such layers. What is held at zero no raised lr can shake, and a weight that the network has
-    only begun to use is not given back soon.
+    With latent weights, `end` becomes 0.7 there, and around SGD `lr_exponent` 1, unless you gave them: with the first
+    measurement that finds most weights in such layers, and for good. What is held at zero no raised lr can shake, but
+    it comes back late, so that the network needs time to find out what it will use.
 
     It does not kill the network: the strength stops rising where more of it would do nothing (a form that saturates),
     where the penalty would take a layer's energy away or has done so (l1), and where the smoothed training loss rises

@@ -134,10 +134,12 @@ def test_compiled_units_over_ranks():
     run_processes(_compiled_units, 4)
 
 
-def _run(net, steps, rank=0, world_size=1, form="per_unit"):
+def _run(net, steps, rank=0, world_size=1, form="per_unit", latent=False):
     groups = [{"params": [p for p in net.parameters() if p.ndim > 1]}]
-    optimizer = WCR(torch.optim.AdamW(groups, lr=1e-2), form=form)
+    base = torch.optim.SGD(groups, lr=1e-2, momentum=0.9) if latent else torch.optim.AdamW(groups, lr=1e-2)
+    optimizer = WCR(base, form=form, latent_weights=latent)
     target = SparsityTarget(optimizer, 0.7, steps, tail_energy=0.1, max_dense_cost=5.0, every=2)
+    optimizer.scale_invariant = [(0, 0), (0, 1)] if latent else []  # as if the first measurement had found them
     for step in range(steps):
         x, y = (part.tensor_split(world_size)[rank] for part in small_batch(step, torch.float64))
         optimizer.zero_grad()
@@ -149,15 +151,18 @@ def _run(net, steps, rank=0, world_size=1, form="per_unit"):
 
 
 def _sharded(rank):
-    whole, sharded = small_net(torch.float64), small_net(torch.float64)
     mesh = init_device_mesh("cpu", (2,))
-    for layer in (sharded[0], sharded[3]):
-        fully_shard(layer, mesh=mesh)
-    fully_shard(sharded, mesh=mesh)
-    expected, found = _run(whole, 40), _run(sharded, 40, rank, 2)
-    assert found.last_tail == pytest.approx(expected.last_tail, rel=1e-6)
-    assert found.strengths() == pytest.approx(expected.strengths(), rel=1e-6)
-    assert found.history[-1][4] < 5
+    for latent in (False, True):
+        whole, sharded = small_net(torch.float64), small_net(torch.float64)
+        for layer in (sharded[0], sharded[3]):
+            fully_shard(layer, mesh=mesh)
+        fully_shard(sharded, mesh=mesh)
+        expected, found = _run(whole, 40, latent=latent), _run(sharded, 40, rank, 2, latent=latent)
+        assert found.last_tail == pytest.approx(expected.last_tail, rel=1e-6)
+        assert found.strengths() == pytest.approx(expected.strengths(), rel=1e-6)
+        assert found.lr_factors() == pytest.approx(expected.lr_factors(), rel=1e-6)
+        assert found.history[-1][4] < 5
+        assert (found.history[10][2] > 0.11) == latent  # half of the run is over: more time
 
 
 def test_fsdp2_drives_as_one_process_does():
