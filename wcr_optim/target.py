@@ -36,8 +36,8 @@ SPARED = 2.0  # times the magnitude below which weights will be pruned: from the
 # Where most weights are in layers that do so, a deeper tail takes from none that is kept. Around Adam, whose goal is
 # the shallower one, it falls on to here, by this share of the run.
 SPARED_TAIL, SPARED_END = 1e-4, 0.9
-# Share of the run at which the tail shall be at its goal; and with latent weights where most weights are spared. What
-# they hold at zero, a network that had only begun to learn does not get back.
+# Share of the run at which the tail shall be at its goal; and where most weights are spared around SGD, if they are
+# latent. What those hold at zero, a network that had only begun to learn does not get back.
 END, LATENT_END = 0.4, 0.7
 NO_WEIGHTS = "there were no weights to drive, or none that were finite and not all zero"
 RECENT = 3  # measurements since which the smoothed loss shall have fallen
@@ -102,7 +102,7 @@ class SparsityTarget:
     from none that is kept. An `end` as late as that leaves no time for it. Should a later measurement find fewer in
     such layers, the tail stays where it is.
 
-    With latent weights, `end` becomes 0.7 there, and around SGD `lr_exponent` 1, unless you gave them: with the first
+    Around SGD with latent weights, `lr_exponent` becomes 1 there and `end` 0.7, unless you gave them: with the first
     measurement that finds most weights in such layers, and for good. What is held at zero no raised lr can shake, but
     it comes back late, so that the network needs time to find out what it will use.
 
@@ -132,8 +132,8 @@ class SparsityTarget:
             "layer", every tensor on its own; each group then has a loop of its own, so put layers into groups
             (default: "global").
         start: Share of the run after which the tail begins to fall (default: 0.0).
-        end: Share of the run at which the tail shall be at its goal. None stands for 0.4, and with latent weights where
-            BatchNorm follows most weights for 0.7 (default: None).
+        end: Share of the run at which the tail shall be at its goal. None stands for 0.4, and around SGD with latent
+            weights where BatchNorm follows most of them for 0.7 (default: None).
         every: Steps between measurements; None measures 100 times in a run (default: None).
         lr_exponent: How far the base's lr makes up for the lost density, from 0, not at all, to 1; what is above 1/2
             only while the loss falls. None stands for 1 where updates have a size of their own (Adam and all that
@@ -198,9 +198,9 @@ class SparsityTarget:
         self._lr_compensation = LrCompensation(self._strengths, self.sparsity, self.lr_exponent)
         # What defaults become with latent weights, once most weights are seen to be spared, and since when they are, as
         # a share of the run: for good, as a layer may be recognized at one measurement and not at the next.
-        self._latent_end = LATENT_END if end is None else until
-        frees = lr_exponent is None and follows_the_gradient(base)
-        self._latent_exponent = NORMALIZED if frees else self.lr_exponent
+        follows = follows_the_gradient(base)
+        self._latent_end = LATENT_END if end is None and follows else until
+        self._latent_exponent = NORMALIZED if lr_exponent is None and follows else self.lr_exponent
         self._latent_since: float | None = None
         # Where each layer has a goal of its own, units keep the thresholds of their own flow.
         self._one_threshold = scope == "global" and isinstance(self._penalty, PerUnit)
