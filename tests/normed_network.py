@@ -34,6 +34,10 @@ def gradients(net, step):
     return loss
 
 
+def layers_of(net):
+    return [p for p in net.parameters() if p.ndim > 1]
+
+
 def matrices(net):
     return {name: p for name, p in net.named_parameters() if p.ndim > 1}
 

@@ -15,6 +15,11 @@ def plain_tail(tensors, sparsity: float) -> float:
     return (m[: round(sparsity * m.numel())].sum() / m.sum()).item()
 
 
+def density(weights) -> float:
+    """The geometric mean of mu^2 / q over layers, as it is written."""
+    return math.prod((w.abs().mean().square() / w.square().mean()).item() for w in weights) ** (1 / len(weights))
+
+
 # A task on which pruning matters: few of many inputs count.
 def teacher_batch(step: int, inputs: int = 32, size: int = 64):
     generator = torch.Generator().manual_seed(1000 + step)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from reference import assert_same, small_net, through_file, train
-from target_reference import BASES, driven, student
+from target_reference import BASES, density, driven, student
 
 from wcr_optim import SAM, SSAM, WCR, AdamW, L1Decay, L2Decay, SparsityTarget, param_groups
 from wcr_optim.wrapper import LR_FACTOR
@@ -166,11 +166,6 @@ class TestUpdate:
         assert fresh.param_groups[0][LR_FACTOR] == 2.0
         optimizer.load_state_dict(older)
         assert optimizer.param_groups[0][LR_FACTOR] == 2.0
-
-
-def density(weights) -> float:
-    """The geometric mean of mu^2 / q over layers, as it is written."""
-    return math.prod((w.abs().mean().square() / w.square().mean()).item() for w in weights) ** (1 / len(weights))
 
 
 class TestSparsityTarget:

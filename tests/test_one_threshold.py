@@ -7,7 +7,7 @@ import warnings
 
 import pytest
 import torch
-from normed_network import energies, gradients, normed, shrunk, train
+from normed_network import energies, gradients, layers_of, normed, shrunk, train
 from target_reference import plain_tail
 from torch import nn
 
@@ -19,10 +19,6 @@ from wcr_optim.penalties import PerUnit
 from wcr_optim.units import shrink_keeping_energy_, unit_moments
 
 needs_compiler = pytest.mark.skipif(compiled.why_not() is not None, reason=str(compiled.why_not()))
-
-
-def layers_of(net):
-    return [p for p in net.parameters() if p.ndim > 1]
 
 
 def slow_threshold(thresholds, lengths, sizes, m):

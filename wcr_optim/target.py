@@ -189,18 +189,19 @@ class SparsityTarget:
         total_steps = check_total_steps(total_steps)
         self._strengths = Strengths(optimizer)
         base = self._strengths.decoupled
-        usual = (PLAIN_TAIL, PLAIN_TAIL) if follows_the_gradient(base) else (NORMALIZED_TAIL, SPARED_TAIL)
+        follows = follows_the_gradient(base)
+        usual = (PLAIN_TAIL, PLAIN_TAIL) if follows else (NORMALIZED_TAIL, SPARED_TAIL)
         self.tail_energy, self._last_goal = usual if tail_energy is None else (float(tail_energy), float(tail_energy))
         self.sparsity, self.total_steps = float(sparsity), total_steps
         self.max_dense_cost, self.scope, self.start, self.end = max_dense_cost, scope, start, until
         self.every = max(1, total_steps // MEASUREMENTS) if every is None else every
         self.lr_exponent = usual_exponent(base) if lr_exponent is None else float(lr_exponent)
         self._lr_compensation = LrCompensation(self._strengths, self.sparsity, self.lr_exponent)
-        # What defaults become with latent weights, once most weights are seen to be spared, and since when they are, as
-        # a share of the run: for good, as a layer may be recognized at one measurement and not at the next.
-        follows = follows_the_gradient(base)
-        self._latent_end = LATENT_END if end is None and follows else until
-        self._latent_exponent = NORMALIZED if lr_exponent is None and follows else self.lr_exponent
+        # What the two become around SGD with latent weights, once most are seen to be spared, and since when they are,
+        # as a share of the run: for good, as a layer may be recognized at one measurement and not at the next.
+        self._waits_for_latent = follows and base.latent_weights
+        self._latent_end = LATENT_END if end is None else until
+        self._latent_exponent = NORMALIZED if lr_exponent is None else self.lr_exponent
         self._latent_since: float | None = None
         # Where each layer has a goal of its own, units keep the thresholds of their own flow.
         self._one_threshold = scope == "global" and isinstance(self._penalty, PerUnit)
@@ -348,7 +349,7 @@ class SparsityTarget:
         self._loss, self.steps, self.last_tail = loss, steps, last_tail
         self._fallen = state_dict.get("fallen", 0.0)
         since = state_dict.get("latent_since", -1.0)
-        self._latent_since = since if since >= 0.0 and self._strengths.decoupled.latent_weights else None
+        self._latent_since = since if since >= 0.0 and self._waits_for_latent else None
         self._loops, self._first_energy, self.history = loops, energy, history
         if not self._strengths.drives:
             return
@@ -438,7 +439,7 @@ class SparsityTarget:
         if measured.seen_invariant:
             seen = measured.seen_invariant.items()
             self._strengths.decoupled.scale_invariant = [place for place, invariant in seen if invariant]
-        if self._latent_since is None and self._strengths.decoupled.latent_weights and self._spares_most():
+        if self._latent_since is None and self._waits_for_latent and self._spares_most():
             self._latent_since = self.steps / self.total_steps
         self._fallen = max(self._fallen, self._fall())
         self._lr_compensation.exponent = self.lr_exponent if self._latent_since is None else self._latent_exponent
