@@ -46,6 +46,7 @@ class Cell:
         failed: How many more runs diverged or raised, and have no value.
         told: The sparsity that the method was told, None if none or the one that it was pruned to.
         rho: Beside SparsityTarget, where it was searched and is not its authors'; None otherwise.
+        trials: Among how many settings the validation split chose, 0 where nothing was chosen.
     """
 
     values: tuple[float, ...]
@@ -55,6 +56,7 @@ class Cell:
     failed: int = 0
     told: float | None = None
     rho: float | None = None
+    trials: int = 0
 
     @property
     def mean(self) -> float:
@@ -131,6 +133,7 @@ def cell(
         len(failed),
         told=told if told != goal else None,
         rho=rho if rho != given[0] else None,
+        trials=len(tuning.tried(rows, task, method)) if pair is not None or search else 0,
     )
     if careful:
         baseline = cell(rows, task, parts.base, goal)
@@ -177,8 +180,8 @@ def _table(rows: Rows, task: str, laid_out: Cells) -> str:
         best.append(kind.best(means) if means else None)
     head = [f"{100 * goal:g} % (dense)" for goal in kind.goals]
     lines = [
-        "| method | " + " | ".join([*head, "gradients", "seconds", "sharpness"]) + " |",
-        "|---" * (len(head) + 4) + "|",
+        "| method | " + " | ".join([*head, "trials", "gradients", "seconds", "sharpness"]) + " |",
+        "|---" * (len(head) + 5) + "|",
     ]
     for (method, search), row in laid_out.items():
         if not any(row):
@@ -247,7 +250,8 @@ def _spread(found: Cell, places: int) -> str:
 
 def _costs(row: Sequence[Cell | None]) -> list[str]:
     found = [cell.cost for cell in row if cell is not None]
-    texts = []
+    trials = max(cell.trials for cell in row if cell is not None)
+    texts = [str(trials or "–")]
     for name, form in (("gradient_evaluations", "{:.0f}"), ("seconds", "{:.1f}"), ("sharpness", "{:.3g}")):
         values = [cost[name] for cost in found if cost[name] == cost[name]]
         texts.append(form.format(statistics.mean(values)) if values else "–")
@@ -307,8 +311,9 @@ def section(rows: Rows, task: str) -> str:
     said = [
         f"Data: {kind.data}{_hashes(rows, task)}. {_steps(rows, kind)} steps. {unit[0].upper() + unit[1:]}; mean ± "
         f"sample standard deviation over {_seeds(rows, task)} on the test split, dense value in parentheses, then the "
-        f"strength (or rho) that the validation split chose at that sparsity. Gradients, seconds and sharpness (the "
-        f"eigenvalue of largest magnitude of the loss's Hessian) are means over the row.{_shares(rows, task)}",
+        f"strength (or rho) that the validation split chose at that sparsity, and among how many trials. Gradients, "
+        f"seconds and sharpness (the eigenvalue of largest magnitude of the loss's Hessian) are means over the row."
+        f"{_shares(rows, task)}",
         table(rows, task),
         f"Only strengths, and results, whose dense value is within {kind.tolerance:g} of the baseline's:",
         _table(rows, task, careful),

@@ -124,13 +124,8 @@ def beyond(
         if searched is None:
             continue
         place = ("strength", "rho").index(searched)  # in a pair of both
-        known = (task, method, "validation", "")  # runs that diverged among them: beyond those nothing is to be found
-        own = [
-            row
-            for row in of_search(rows, task, method)
-            if (row["task"], row["method"], row["split"], row["options"]) == known
-        ]
-        last = max((float(row[searched]) for row in own), default=math.inf)
+        # Settings whose runs diverged are among them: beyond those nothing is to be found.
+        last = max((pair[place] for pair in tried(rows, task, method)), default=math.inf)
         found = [chosen(rows, task, method, goal, careful=c) for goal in tasks.task(task).goals for c in (False, True)]
         if any(pair is not None and pair[place] == last for pair in found):
             further = [pair for pair in grid(task, method, count, beyond=True) if pair[place] > last]
@@ -175,6 +170,13 @@ def _options(method: str, options: str) -> str:
     return options if Method.of(method).is_driven else ""
 
 
+def _options_in(rows: Rows, task: str, method: str) -> str:
+    """Return the options that SparsityTarget has in rows of one kind of run, see `of_run`."""
+    if not Method.of(method).is_driven:
+        return ""
+    return next((row["options"] for row in rows if (row["task"], row["method"]) == (task, method)), "")
+
+
 def chosen(
     rows: Rows, task: str, method: str, goal: float, *, careful: bool = False, options: str = ""
 ) -> tuple[float, float] | None:
@@ -215,8 +217,7 @@ def driven(rows: Rows, task: str, method: str, goal: float, *, careful: bool = F
     """
     if not Method.of(method).is_driven:
         return None
-    options = next((row["options"] for row in rows if (row["task"], row["method"]) == (task, method)), "")
-    best = _best(rows, task, method, goal, careful=careful, options=options)
+    best = _best(rows, task, method, goal, careful=careful, options=_options_in(rows, task, method))
     return None if best is None else best[1:]
 
 
@@ -241,6 +242,16 @@ def _best(
             return None
     best: tuple[float, float, float] = kind.best(values, key=lambda at: (values[at][goal], values[at][0.0]))
     return best
+
+
+def tried(rows: Rows, task: str, method: str) -> set[tuple[float, float, float]]:
+    """Return the trials of a search, by `of_search`: strength, rho and what was told, of runs that diverged as well."""
+    known = (task, method, "validation", _options_in(rows, task, method))
+    return {
+        (float(row["strength"]), float(row["rho"]), float(row["goal"]))
+        for row in of_search(rows, task, method)
+        if (row["task"], row["method"], row["split"], row["options"]) == known
+    }
 
 
 def of_search(rows: Rows, task: str, method: str) -> Rows:

@@ -124,6 +124,12 @@ def rows_of(method, strength, values, seed=0, split="validation", goal=0.0, opti
     ]
 
 
+def trials_of(table):
+    """Return what stands in a table's column of trials, by the method's label."""
+    head, _, *lines = [line.strip("| ").split(" | ") for line in table.splitlines() if line.startswith("|")]
+    return {line[0]: line[head.index("trials")] for line in lines}
+
+
 GOALS = (0.9, 0.95, 0.97, 0.98)
 
 
@@ -155,6 +161,9 @@ def test_the_validation_split_chooses_and_the_test_split_reports():
     assert report.cell(rows, "digits_mlp", "sgd+wcr", 0.95, careful=True).mean == 79.0
     text = report.section(rows, "digits_mlp")
     assert "| SGD + WCR | **89.0** ± 1.4 (95.0) at 0.01 |" in text
+    assert trials_of(text.split("Only strengths")[0]) == {"SGD": "–", "SGD + WCR": "3"}, "not those with options"
+    more = [*rows, *diverged("sgd+wcr", 10.0, 0, "validation"), *rows_of("sgd+wcr", 0.1, accuracies(1.0, 1.0), 7)]
+    assert trials_of(report.table(more, "digits_mlp"))["SGD + WCR"] == "4", "one that diverged, but no further seed"
     assert "over 1 to 2 seeds on the test split" in text, "the baseline's one, and WCR's two"
     assert report.brief(rows).splitlines()[2:] == [
         "| digits_mlp, SGD, 98 % | 61.0 (97.9) | – | – | – | **89.0** ± 1.4 (95.0) | – | – | – |"
@@ -307,6 +316,7 @@ def test_a_target_whose_goal_validation_chose_is_in_a_row_of_its_own():
     found = cell(0.98, search=True)
     assert (found.told, found.mean, found.dense_mean) == (0.95, 96.1, 97.8)
     assert cell(0.9, search=True).told == 0.95
+    assert (cell(0.9, search=True).trials, cell(0.95).trials) == (3, 0)
     assert cell(0.95, search=True) is None
     assert cell(0.98) is None
     text = report.section(rows, "digits_mlp").replace("*", "")
