@@ -94,7 +94,8 @@ def param_groups(
 
     Args:
         model: The model; ``torch.compile`` and data-parallel wrappers around it are looked through.
-        weight_decay: Decoupled or L2 decay of the weights, as the optimizer reads it (default: 0.0)
+        weight_decay: Decoupled or L2 decay of the weights, as the optimizer reads it. It stands in the groups, so that
+            the optimizer's own default or argument is not used (default: 0.0)
         weight_concentration: Strength of the weight concentration regularizer (default: 1e-3)
         exclude: What not to regularize, in the forms that `prunable_weights` takes (default: ())
         include: Regularize only these, in the same forms; None stands for the whole model (default: None)
