@@ -6,9 +6,9 @@ import inspect
 import math
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from numbers import Real
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,7 +26,7 @@ from wcr_optim.precision import accumulator
 from wcr_optim.shrink import shrink_
 from wcr_optim.units import shrink_keeping_energy_, shrink_units_, spread, unit_moments
 from wcr_optim.uploads import select
-from wcr_optim.wrapper import OptimizerWrapper, runs_closure
+from wcr_optim.wrapper import OptimizerWrapper, check_keeps_state, runs_closure
 
 ROUNDING_SEED = "rounding_seed"
 # Between the seeds of streams of random numbers: steps count up from one, fused calls by 2^32 (see `fused`).
@@ -84,7 +84,8 @@ class Decoupled(OptimizerWrapper):
             (default: "auto").
 
     Raises:
-        TypeError: If base or penalty is no instance, or a weight under the penalty is complex, sparse or no float.
+        TypeError: If base or penalty is no instance, a weight under the penalty is complex, sparse or no float, or
+            latent weights are asked for around a base that keeps its state elsewhere (ZeroRedundancyOptimizer).
         ValueError: If a strength is negative, NaN, infinite or has several elements, a group is empty or has no lr,
             another wrapper around the base has the same option, the backend asked for cannot run, or latent weights are
             asked for around a base that runs its closure itself.
@@ -117,7 +118,6 @@ class Decoupled(OptimizerWrapper):
     """
     cutoff: float = math.inf
     """Magnitude from which that one threshold spares weights; SparsityTarget sets it by what pruning will keep."""
-    _outside_graphs: ClassVar[Callable[[Callable[[], None]], None]]
 
     def __init__(
         self,
@@ -140,6 +140,12 @@ class Decoupled(OptimizerWrapper):
             raise ValueError(
                 f"{type(base).__name__} moves weights before the penalty's step, so none can be held at zero; leave "
                 f"latent_weights out"
+            )
+        if latent_weights:
+            check_keeps_state(
+                f"{type(self).__name__} with latent_weights=True",
+                base,
+                "have it take the penalty inside, optimizer_class=wcr_optim.AdamW with latent_weights=True",
             )
         self._latent = LatentWeights(f"{penalty.option}_latent") if latent_weights else None
         own = [group.get(penalty.option) for group in getattr(base, "param_groups", ())]  # before those without get it
@@ -167,6 +173,7 @@ class Decoupled(OptimizerWrapper):
     def update(self) -> None:
         """Apply the penalty, then the base's update, in one pass over the weights where the base can fuse them."""
         if self._rounds() or self._latent is not None:
+            # Fresh random bits at every step are nothing that a graph of torch.compile can hold.
             type(self)._outside_graphs(self._regularize)
         else:
             self._regularize()
@@ -209,12 +216,6 @@ class Decoupled(OptimizerWrapper):
         super().load_state_dict(state_dict)
         if self._latent is not None:
             self._latent.load(self, state_dict)
-
-    def _create_hooks(self) -> None:
-        super()._create_hooks()
-        # Fresh random bits at every step are nothing that a graph of torch.compile can hold. Made here, since
-        # torch.compile cannot trace the making, and not with the module, since it imports what only optimizers need.
-        Decoupled._outside_graphs = staticmethod(torch.compiler.disable(_call))  # type: ignore[no-untyped-call]
 
     def _regularize(self) -> None:
         if self._latent is not None:
@@ -603,10 +604,6 @@ def concentration_penalty(form: str, eps: float, max_growth: float) -> Penalty:
     raise ValueError(
         f"unknown form {form!r}; choose 'inverse_variance' (the preprint's), 'scale_free', 'per_unit' or 'relative'"
     )
-
-
-def _call(function: Callable[[], None]) -> None:
-    function()
 
 
 def _check_lr(lr: Any, where: str) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any, ClassVar
+from typing import Any, ClassVar, ParamSpec, TypeVar
 
 import numpy as np
 import torch
@@ -15,6 +16,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 Closure = Callable[[], Any]
+P = ParamSpec("P")
+T = TypeVar("T")
 
 LR_FACTOR = "base_lr_factor"
 """Key of a group whose weights the base is to update with lr * base_lr_factor; all others see lr alone."""
@@ -30,6 +33,20 @@ def already_gathered() -> None:
     Going through the inner wrapper's `step` rather than its `update` fires its hooks and tells its LR schedulers that
     it stepped.
     """
+
+
+def outside_graphs(method: Callable[P, T]) -> Callable[P, T]:
+    """Keep a method, and what it calls, out of the graphs of torch.compile, which breaks the graph there.
+
+    For what passes numbers and flags from one phase of a step to the next: stores to attributes of the optimizer that
+    are made while it is traced can be lost at a later break.
+    """
+
+    @functools.wraps(method)
+    def outside(*args: P.args, **kwargs: P.kwargs) -> T:
+        return OptimizerWrapper._outside_graphs(functools.partial(method, *args, **kwargs))  # type: ignore[no-any-return]
+
+    return outside
 
 
 class OptimizerWrapper(Optimizer):
@@ -62,6 +79,7 @@ class OptimizerWrapper(Optimizer):
     base: Optimizer
     #: Keys without a default that a group may have and that a checkpoint which lacks them must not take away.
     group_keys: ClassVar[tuple[str, ...]] = (LR_FACTOR,)
+    _outside_graphs: ClassVar[Callable[[Callable[[], Any]], Any]]
 
     # Optimizer.__init__ is not called: it would make groups and state of its own beside the base's.
     def __init__(self, base: Optimizer, **options: Any) -> None:
@@ -95,6 +113,9 @@ class OptimizerWrapper(Optimizer):
         self._create_hooks()
 
     def _create_hooks(self) -> None:
+        # Made here, since torch.compile cannot trace the making, and not with the module, since it imports what only
+        # optimizers need.
+        OptimizerWrapper._outside_graphs = staticmethod(torch.compiler.disable(_call))  # type: ignore[no-untyped-call]
         self._optimizer_step_pre_hooks = OrderedDict()
         self._optimizer_step_post_hooks = OrderedDict()
         self._optimizer_state_dict_pre_hooks = OrderedDict()
@@ -405,6 +426,10 @@ class OptimizerWrapper(Optimizer):
                     group[key] = _plain(group[key])
 
 
+def _call(function: Callable[[], T]) -> T:
+    return function()
+
+
 def _plain(value: Any) -> Any:
     """Turn a numpy scalar, as a search over np.logspace gives, into the number that a safe checkpoint can hold."""
     return value.item() if isinstance(value, np.generic) else value
@@ -434,10 +459,31 @@ def runs_closure(optimizer: Optimizer) -> bool:
 
     A step that cannot go without a closure evaluates it as often as it likes, at weights of its choosing.
     """
+    closure = inspect.signature(type(innermost(optimizer)).step).parameters.get("closure")
+    return closure is not None and closure.default is inspect.Parameter.empty
+
+
+def innermost(optimizer: Any) -> Any:
+    """Return what a chain of our wrappers is around; anything else as it is."""
     while isinstance(optimizer, OptimizerWrapper):
         optimizer = optimizer.base
-    closure = inspect.signature(type(optimizer).step).parameters.get("closure")
-    return closure is not None and closure.default is inspect.Parameter.empty
+    return optimizer
+
+
+def check_keeps_state(what: str, base: Any, instead: str) -> None:
+    """Raise TypeError if the innermost optimizer keeps no state here that a checkpoint would hold.
+
+    Args:
+        what: That needs it.
+        base: The optimizer, or a chain of ours around it.
+        instead: What to do.
+    """
+    inner = innermost(base)
+    if hasattr(inner, "consolidate_state_dict"):
+        raise TypeError(
+            f"{what} keeps a tensor per parameter in its base's state, and {type(inner).__name__} saves what its own "
+            f"optimizer keeps: shard with torch.distributed.fsdp.fully_shard instead, or {instead}"
+        )
 
 
 def outermost(optimizer: Optimizer) -> OptimizerWrapper | None:

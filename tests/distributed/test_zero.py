@@ -104,10 +104,10 @@ def _driven_around_it(rank):
     assert_close(whole, net)
 
 
-def _inside_it(rank):
+def _inside_it(rank, **options):
     whole, net = small_net(torch.float64), small_net(torch.float64)
-    one = wcr_optim.AdamW(matrices_and_rest(whole), weight_concentration=1e-2, **ADAMW)
-    other = sharded(matrices_and_rest(net), wcr_optim.AdamW, weight_concentration=1e-2)
+    one = wcr_optim.AdamW(matrices_and_rest(whole), weight_concentration=1e-2, **ADAMW, **options)
+    other = sharded(matrices_and_rest(net), wcr_optim.AdamW, weight_concentration=1e-2, **options)
     ddp = DistributedDataParallel(net)
     for part in range(2):
         for optimizer in (one, other):
@@ -129,8 +129,12 @@ def _inside_it(rank):
     assert {call.name for call in collectives.calls} == {"broadcast_"}, "moments of whole layers need no exchange"
 
 
+def _latent_weights_inside_it(rank):
+    _inside_it(rank, latent_weights=True, form="scale_free")
+
+
 def _what_it_cannot_keep_is_refused(rank):
-    for make in (SSAM, SparseSAM, lambda base: SSAM(WCR(base))):
+    for make in (SSAM, SparseSAM, lambda base: SSAM(WCR(base)), lambda base: WCR(SAM(base), latent_weights=True)):
         with pytest.raises(TypeError, match=r"ZeroRedundancyOptimizer saves what its own.*fully_shard"):
             make(sharded(small_net().parameters()))
     with pytest.raises(ValueError, match=r"ZeroRedundancyOptimizer has no decoupled penalty .* WCR\(ZeroRedundancy"):
@@ -138,5 +142,12 @@ def _what_it_cannot_keep_is_refused(rank):
 
 
 def test_two_processes():
-    bodies = (_around_it, _resumes_bit_for_bit, _driven_around_it, _inside_it, _what_it_cannot_keep_is_refused)
+    bodies = (
+        _around_it,
+        _resumes_bit_for_bit,
+        _driven_around_it,
+        _inside_it,
+        _latent_weights_inside_it,
+        _what_it_cannot_keep_is_refused,
+    )
     run_processes(run_in_turn, 2, bodies)

@@ -53,6 +53,23 @@ def test_either_order_gives_the_same_weights(name, closure, penalty):
         assert_close(models[0], models[2], 1e-6)  # the penalty did something
 
 
+@pytest.mark.parametrize(("name", "closure"), [*((name, True) for name in ALL), ("ssam", False)])
+def test_a_compiled_step_is_the_step(name, closure):
+    torch._dynamo.reset()
+    models = [net(), net(), net()]
+    for model, compiled in zip(models, (False, True, None), strict=True):
+        base = base_of(groups(model))
+        around = base if compiled is None else OPTIMIZERS[name](base)
+        optimizer = WCR(around, 1e-2, form="scale_free", latent_weights=True)
+        if compiled:
+            optimizer.step = torch.compile(optimizer.step, backend="eager")
+        train(model, optimizer, range(4), closure)
+        optimizer.eval()
+    assert_close(models[0], models[1], 1e-6)
+    with pytest.raises(AssertionError):
+        assert_close(models[0], models[2], 1e-4)  # the perturbation did something
+
+
 @pytest.mark.parametrize("name", TWO_PASS)
 def test_manual_loops_equal_closures_in_either_order(name):
     models = [net() for _ in range(3)]

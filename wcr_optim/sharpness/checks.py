@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from wcr_optim.layout import as_dtensor, local
-from wcr_optim.wrapper import OptimizerWrapper
+from wcr_optim.wrapper import innermost, runs_closure
 
 
 def check_base(name: str, base: Any) -> None:
@@ -22,14 +22,11 @@ def check_base(name: str, base: Any) -> None:
         TypeError: If the innermost optimizer runs its closure itself.
         ValueError: If it has an option of its own called rho.
     """
-    inner = base
-    while isinstance(inner, OptimizerWrapper):
-        inner = inner.base
+    inner = innermost(base)
     if not isinstance(inner, Optimizer):
         return  # OptimizerWrapper has the words for it
     kind = type(inner).__name__
-    closure = inspect.signature(type(inner).step).parameters.get("closure")
-    if closure is not None and closure.default is inspect.Parameter.empty:
+    if runs_closure(inner):
         raise TypeError(
             f"{name} cannot go around {kind}, which evaluates its closure itself, at weights of its own choosing: "
             f"there is no moment at which to perturb them. Wrap an optimizer that steps on the gradients in .grad"
@@ -38,18 +35,6 @@ def check_base(name: str, base: Any) -> None:
         raise ValueError(
             f"{kind} has a 'rho' of its own, and {name}'s radius rho would overwrite it in the param_groups: "
             f"wrap another optimizer"
-        )
-
-
-def check_keeps_state(name: str, base: Any) -> None:
-    """Raise TypeError if the innermost optimizer keeps no state here that a checkpoint would hold."""
-    inner = base
-    while isinstance(inner, OptimizerWrapper):
-        inner = inner.base
-    if hasattr(inner, "consolidate_state_dict"):
-        raise TypeError(
-            f"{name} keeps a tensor per parameter in its base's state, and {type(inner).__name__} saves what its own "
-            f"optimizer keeps: shard with torch.distributed.fsdp.fully_shard instead, or use SAM, which keeps nothing"
         )
 
 

@@ -14,11 +14,12 @@ from torch.optim import Optimizer
 from wcr_optim.checks import check_count, check_share, check_whole
 from wcr_optim.layout import local
 from wcr_optim.pruning.threshold import keep_masks, pruned_count
-from wcr_optim.sharpness.checks import check_keeps_state, refuse_complex
+from wcr_optim.sharpness.checks import refuse_complex
 from wcr_optim.sharpness.guards import RunningStatistics
 from wcr_optim.sharpness.memory import add_
 from wcr_optim.sharpness.two_pass import TwoPass
 from wcr_optim.slots import Slot
+from wcr_optim.wrapper import check_keeps_state, outside_graphs
 
 EPS = 1e-7
 MADE = "sparse_sam_made"
@@ -113,7 +114,7 @@ class SparseSAM(TwoPass):
         self.seed = check_whole("seed", seed)
         self._masks = Slot("sparse_sam_mask")
         self._fisher = Slot("sparse_sam_fisher")
-        check_keeps_state(type(self).__name__, base)
+        check_keeps_state(type(self).__name__, base, "use SAM, which keeps nothing")
         # Of the step under way, for the state to be that of the last one until it is taken; a root to forget is None.
         self._next_masks: dict[Tensor, Tensor] = {}
         self._next_fisher: dict[Tensor, Tensor | None] = {}
@@ -157,6 +158,7 @@ class SparseSAM(TwoPass):
             raise ValueError("a gradient of the losses is not finite; the mask stays as it is")
         self._set_masks(list(sums), _keep_largest(scores, self.sparsity))
 
+    @outside_graphs
     def update(self) -> None:
         """Let the base update the weights."""
         # Listed before, since a hook of the base may clear the gradients.

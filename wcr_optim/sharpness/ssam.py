@@ -13,10 +13,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from wcr_optim.layout import stamp
-from wcr_optim.sharpness.checks import ClosureWatch, check_base, check_keeps_state, check_rho, gradients, with_gradient
+from wcr_optim.sharpness.checks import ClosureWatch, check_base, check_rho, gradients, with_gradient
 from wcr_optim.sharpness.memory import copy_, exchange_, exchange_back_, global_norm, norms, scale_
 from wcr_optim.slots import Slot
-from wcr_optim.wrapper import Closure, OptimizerWrapper
+from wcr_optim.wrapper import Closure, OptimizerWrapper, check_keeps_state, outside_graphs
 
 EPS = 1e-12
 PERTURBED = "ssam_perturbed"
@@ -82,7 +82,7 @@ class SSAM(OptimizerWrapper):
 
     def __init__(self, base: Optimizer, rho: float = 0.05) -> None:
         check_base(type(self).__name__, base)
-        check_keeps_state(type(self).__name__, base)
+        check_keeps_state(type(self).__name__, base, "use SAM, which keeps nothing")
         self._kept = Slot("ssam")  # e where the true weights are in place, the true weights where they are not
         # Of perturbed weights, to notice that somebody else wrote them.
         self._stamps: dict[Tensor, tuple[int, ...]] = {}
@@ -91,6 +91,7 @@ class SSAM(OptimizerWrapper):
         self._watch: ClosureWatch | None = None
         super().__init__(base, rho=rho, **{PERTURBED: False})
 
+    @outside_graphs
     def gather(self, closure: Closure | None = None) -> Any:
         """Run the closure at the perturbed weights, and leave its gradient at the true ones."""
         if closure is None:
@@ -120,6 +121,7 @@ class SSAM(OptimizerWrapper):
         super()._check_step_with_closure()
         self._watch = ClosureWatch(p for group in self.param_groups for p in group["params"])
 
+    @outside_graphs
     def update(self) -> None:
         """Let the base update the true weights; in a loop without closures, perturb them for the next forward."""
         # Listed before, since a hook of the base may clear the gradients.

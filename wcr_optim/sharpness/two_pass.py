@@ -26,7 +26,7 @@ from wcr_optim.sharpness.checks import (
 )
 from wcr_optim.sharpness.guards import RunningStatistics, random_numbers_repeated, random_states, with_statistics
 from wcr_optim.sharpness.memory import copies, copy_, global_norm, norms
-from wcr_optim.wrapper import Closure, OptimizerWrapper
+from wcr_optim.wrapper import Closure, OptimizerWrapper, outside_graphs
 
 COUNTER = "sharpness_steps"
 
@@ -163,6 +163,7 @@ class TwoPass(OptimizerWrapper):
         """Whether the gradient of the pass that runs now, or next, enters the update, and must be that of all ranks."""
         return self._second is not None or not self._is_due()
 
+    @outside_graphs
     def gather(self, closure: Closure | None = None) -> Any:
         """Run both passes; without a closure, end the second one. Leaves the final gradient at the true weights."""
         if closure is None:
@@ -236,6 +237,7 @@ class TwoPass(OptimizerWrapper):
         if self.scaler is not None and self.scaler.is_enabled():
             raise RuntimeError(f"the gradients are scaled: call {instead}, then scaler.step(optimizer)")
 
+    @outside_graphs
     def update(self) -> None:
         """Let the base update the weights."""
         try:
