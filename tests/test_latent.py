@@ -4,10 +4,12 @@ import copy
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from reference import assert_same, make_closure, plain_shrink, small_net, through_file, train, weights
 from target_reference import driven, plain_tail, weights_of
 from test_resume import BASES, halves
 from torch import nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from wcr_optim import SAM, SGD, SSAM, WCR, AdamW, CrAM, Decoupled, HoyerDecay, L1Decay, SparseSAM, penalties
 from wcr_optim.moments import Moments
@@ -164,6 +166,62 @@ def test_resume_in_low_precision_keeps_the_sums_in_float32(base, dtype):
             if key.startswith(KEY):
                 assert a[key].dtype == b[key].dtype == torch.float32
                 assert torch.equal(a[key], b[key])
+
+
+@pytest.mark.parametrize("hooked", [lambda optimizer: optimizer, lambda optimizer: optimizer.base], ids=["own", "base"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_hook_that_loads_into_another_order_of_parameters(hooked, dtype):
+    first, second = small_net(dtype), small_net(dtype)
+    optimizer = per_unit(torch.optim.SGD(first.parameters(), lr=0.1, momentum=0.9), 0.1)
+    train(first, optimizer, range(20))
+    other = per_unit(torch.optim.SGD(reversed([*second.parameters()]), lr=0.1, momentum=0.9), 0.1)
+
+    def reverse(_, state_dict):
+        (group,) = state_dict["param_groups"]
+        last = len(group["params"]) - 1
+        return {**state_dict, "state": {last - number: state for number, state in state_dict["state"].items()}}
+
+    hooked(other).register_load_state_dict_pre_hook(reverse)
+    other.load_state_dict(through_file(optimizer.state_dict()))
+    for p, q in zip(first.parameters(), second.parameters(), strict=True):
+        assert optimizer.state[p].keys() == other.state[q].keys()
+        for key, value in optimizer.state[p].items():
+            assert torch.equal(value, other.state[q][key])
+
+
+@pytest.mark.parametrize("around", [per_unit, lambda base: SparseSAM(base)], ids=["latent", "sparse_sam"])
+def test_a_gradient_that_a_hook_of_the_base_took_leaves_its_state_to_the_base(around):
+    net = small_net()
+    base = torch.optim.Adam(net.parameters(), lr=1e-2)
+    optimizer = around(base)
+    weight = shrinkable(net)[0]
+
+    def take(*_):
+        if not base.state[weight]:
+            weight.grad = None
+            skip.remove()
+
+    skip = base.register_step_pre_hook(take)
+    train(net, optimizer, range(1), closure=True)
+    assert not base.state[weight], "Adam would take it for a state of its own"
+    train(net, optimizer, range(1, 4), closure=True)
+    assert {"exp_avg", "exp_avg_sq", "step"} < base.state[weight].keys()
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_a_base_without_states_goes_through_torch_distributed_checkpoint(tmp_path):
+    nets = [small_net(), small_net()]
+    first, second = optimizers = [per_unit(torch.optim.SGD(net.parameters(), lr=0.1)) for net in nets]
+    train(nets[0], first, range(10))
+    names = ("model", "optimizer")
+    dcp.save(dict(zip(names, get_state_dict(nets[0], first), strict=True)), checkpoint_id=tmp_path, no_dist=True)
+    template = dict(zip(names, get_state_dict(nets[1], second), strict=True))
+    dcp.load(template, checkpoint_id=tmp_path, no_dist=True)
+    set_state_dict(nets[1], second, model_state_dict=template["model"], optim_state_dict=template["optimizer"])
+    for net, optimizer in zip(nets, optimizers, strict=True):
+        train(net, optimizer, range(10, 20))
+    assert at_zero(nets[0]) > 0.3
+    assert_same(*nets)
 
 
 def test_a_loaded_state_is_not_the_checkpoints():

@@ -26,7 +26,7 @@ from wcr_optim.precision import accumulator
 from wcr_optim.shrink import shrink_
 from wcr_optim.units import shrink_keeping_energy_, shrink_units_, spread, unit_moments
 from wcr_optim.uploads import select
-from wcr_optim.wrapper import OptimizerWrapper, check_keeps_state, runs_closure
+from wcr_optim.wrapper import OptimizerWrapper, check_keeps_state, innermost, runs_closure
 
 ROUNDING_SEED = "rounding_seed"
 # Between the seeds of streams of random numbers: steps count up from one, fused calls by 2^32 (see `fused`).
@@ -213,9 +213,17 @@ class Decoupled(OptimizerWrapper):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state_dict as `OptimizerWrapper.load_state_dict`, latent weights included."""
-        super().load_state_dict(state_dict)
-        if self._latent is not None:
-            self._latent.load(self, state_dict)
+        if self._latent is None:
+            super().load_state_dict(state_dict)
+            return
+        seen = [state_dict]
+        # After hooks of others, which may put another dict in its place, as torch's recipe for other orders of groups.
+        last = innermost(self).register_load_state_dict_pre_hook(lambda _, adapted: seen.append(adapted))
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            last.remove()
+        self._latent.load(self, seen[-1])
 
     def _regularize(self) -> None:
         if self._latent is not None:

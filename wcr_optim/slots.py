@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -12,15 +12,18 @@ from torch.optim import Optimizer
 class Slot:
     """A tensor per parameter, kept in the optimizer's state under a key of its own.
 
-    Optimizers set up a parameter's state when they find none, so nothing may stand there before the base's first step.
-    Until then the tensor is kept aside; `settle`, after the base's step, moves it to its place.
+    Optimizers set up a parameter's state when they find none, so nothing may stand there before the base has. Until
+    then the tensor is kept aside; `settle`, after the base's step, moves it to its place.
 
     Args:
         key: Key in the state of each parameter.
     """
 
+    _keys: ClassVar[set[str]] = set()  # of all slots: what else stands in a state is the base's
+
     def __init__(self, key: str) -> None:
         self.key = key
+        Slot._keys.add(key)
         self._aside: dict[Tensor, Tensor] = {}
 
     def get(self, optimizer: Optimizer, p: Tensor) -> Tensor | None:
@@ -41,10 +44,25 @@ class Slot:
         optimizer.state.get(p, {}).pop(self.key, None)
 
     def settle(self, optimizer: Optimizer, stepped: Iterable[Tensor]) -> None:
-        """Move to the state what was kept aside for parameters that the base has stepped by now."""
-        for p in stepped:
-            if p in self._aside:
-                optimizer.state[p][self.key] = self._aside.pop(p)
+        """Move to the state what was kept aside for parameters that the base has stepped by now.
+
+        Where the base makes states, only for those that it has made one for: a hook of it may have taken the gradient.
+        Where it makes none, as SGD without momentum, the other parameters get an empty one, since
+        torch.distributed.checkpoint loads states of all parameters or of none.
+        """
+        stepped = list(stepped)
+        waiting = [p for p in stepped if p in self._aside]
+        if not waiting:
+            return
+        state = optimizer.state
+        made = {p for p, entries in state.items() if not entries.keys() <= Slot._keys}
+        for p in waiting:
+            if p in made or not made:
+                state[p][self.key] = self._aside.pop(p)
+        if not made:
+            for group in optimizer.param_groups:
+                for p in group["params"]:
+                    state[p]  # a defaultdict
 
     @property
     def waits(self) -> bool:
