@@ -553,6 +553,7 @@ class TestGroups:
         target = SparsityTarget(optimizer, 0.9, 300, end=0.6)
         fit(net, optimizer, target, 60)
         optimizer.add_param_group({"params": extra.parameters()})
+        net[0].register_forward_hook(lambda module, args, output: output + extra(torch.ones(1)))
         fit(net, optimizer, target, 5, first=60)
         assert target.strengths()[-1] == target.strengths()[0]
         fit(net, optimizer, target, 235, first=65)
@@ -568,6 +569,59 @@ class TestGroups:
         with pytest.raises(RuntimeError, match=r"had 2 parameter groups and has 1.*make a new object"):
             driver.step()
         make(optimizer, total_steps=10).step()
+
+    @pytest.mark.parametrize("cut", [None, 37])
+    @pytest.mark.parametrize("scope", ["global", "layer"])
+    def test_weights_that_nothing_uses_are_not_measured_and_named_at_the_end(self, scope, cut):
+        def start(unused):
+            net = student()
+            group = {"params": [*net.parameters(), *([nn.Parameter(torch.randn(64, 64))] if unused else [])]}
+            optimizer = WCR(BASES["sgd"]([group]), form="per_unit")
+            return net, optimizer, SparsityTarget(optimizer, 0.9, 60, tail_energy=0.2, scope=scope, every=5)
+
+        (plain, _, expected), (net, optimizer, target) = start(False), start(True)
+        fit(plain, expected._strengths.chain, expected, 60)
+        if cut:
+            fit(net, optimizer, target, cut)
+            saved = through_file({"optimizer": optimizer.state_dict(), "target": target.state_dict()})
+            weights, (net, optimizer, target) = net.state_dict(), start(True)
+            net.load_state_dict(weights)
+            for probed in optimizer.param_groups[0]["params"]:  # as torch.distributed.checkpoint makes state
+                probed.grad = torch.zeros_like(probed)
+            optimizer.param_groups[0]["lr"] = 0.0
+            optimizer.step()
+            optimizer.zero_grad()
+            optimizer.load_state_dict(saved["optimizer"])
+            target.load_state_dict(saved["target"])
+        named = r"1 weights of the driven groups had no gradient .*\[0\]\['params'\]\[6\] of shape \(64, 64\)"
+        with pytest.warns(UserWarning, match=named):
+            fit(net, optimizer, target, 60 - (cut or 0), first=cut or 0)
+        assert target.history == expected.history
+        assert target.strengths() == expected.strengths()
+        assert_same(plain, net)
+
+    def test_weights_that_are_used_later_are_driven_from_then_on(self):
+        class Late(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.net, self.late, self.uses_late = student(), nn.Linear(32, 32, bias=False), False
+
+            def forward(self, x):
+                return self.net(x + self.late(x) if self.uses_late else x)
+
+        net = Late()
+        optimizer = WCR(BASES["sgd"](net.parameters()), form="per_unit")
+        target = SparsityTarget(optimizer, 0.9, 300, every=5)
+        fit(net, optimizer, target, 50)
+        assert target.last_tail == pytest.approx(
+            plain_tail([p for p in net.net.parameters() if p.ndim > 1], 0.9), rel=0.02
+        )
+        net.uses_late = True
+        with warnings.catch_warnings(action="error"):
+            fit(net, optimizer, target, 250, first=50)
+        assert target.last_tail == pytest.approx(plain_tail(weights_of(optimizer), 0.9), rel=0.02)
+        assert target.last_tail < 2e-3
+        assert plain_tail([net.late.weight], 0.8) < 2e-2
 
     def test_frozen_weights_and_biases_are_not_measured(self):
         net = student()

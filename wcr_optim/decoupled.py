@@ -116,6 +116,12 @@ class Decoupled(OptimizerWrapper):
     whose bound is 0, or that is not among them, waits for its strength; one that has another strength by now was given
     it by somebody else, and has no bound. On a device and inside a graph of torch.compile steps are taken as they are.
     """
+    reached: set[Place] | None = None
+    """Weights that had a gradient in some step, which alone the penalty can act on; None notes none.
+
+    SparsityTarget asks for them with a set. Nothing is noted where no group has an lr, as in a checkpoint loader's
+    probe, nor inside a graph of torch.compile.
+    """
     cutoff: float = math.inf
     """Magnitude from which that one threshold spares weights; SparsityTarget sets it by what pruning will keep."""
 
@@ -233,7 +239,9 @@ class Decoupled(OptimizerWrapper):
         weights: defaultdict[torch.device, list[Tensor]] = defaultdict(list)
         places: defaultdict[torch.device, list[Place]] = defaultdict(list)
         lengths: defaultdict[torch.device, list[Tensor]] = defaultdict(list)
-        for number, group in enumerate(self._filled_groups()):
+        groups = self._filled_groups()
+        self._note_reached(groups)
+        for number, group in enumerate(groups):
             s = self._bounded(group["lr"] * group[self.penalty.option], number)
             if _is_zero(s):
                 self._hold_at_zero(group)
@@ -264,6 +272,12 @@ class Decoupled(OptimizerWrapper):
             self.lift_units = False
         if self._latent is not None:
             self._latent.hold(self)
+
+    def _note_reached(self, groups: Sequence[Mapping[str, Any]]) -> None:
+        if self.reached is None or torch.compiler.is_compiling() or all(_is_zero(group["lr"]) for group in groups):
+            return
+        for number, group in enumerate(groups):
+            self.reached.update((number, place) for place, w in enumerate(group["params"]) if w.grad is not None)
 
     def _release(self) -> None:
         if self._latent is not None:

@@ -101,7 +101,7 @@ class Strengths:
         self.decoupled.driver = self._name
         self.decoupled.longest, self.decoupled.lift_units = None, False
         self.decoupled.scale_invariant = self.decoupled.seen_invariant = ()
-        self.decoupled.cutoff = math.inf
+        self.decoupled.cutoff, self.decoupled.reached = math.inf, None
 
     @property
     def drives(self) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -70,7 +70,8 @@ class SparsityTarget:
     is held there, or falls on as said below, for as long as training goes on. It starts at a strength worked out from
     the weights and the learning rate after the first step, before which there is no penalty, so the one given to the
     penalty matters only as a ratio between groups; groups whose strength is 0 when this is made are neither driven nor
-    measured.
+    measured. Nor are weights that are frozen, or have had no gradient in any step: nothing uses them, and no strength
+    moves them. Pruning ranks both; of the latter a warning at `total_steps` says so.
 
         optimizer = WCR(torch.optim.SGD(param_groups(model), lr=0.1, momentum=0.9), form="per_unit")
         target = SparsityTarget(optimizer, sparsity=0.95, total_steps=epochs * len(batches))
@@ -206,6 +207,7 @@ class SparsityTarget:
         # Where each layer has a goal of its own, units keep the thresholds of their own flow.
         self._one_threshold = scope == "global" and isinstance(self._penalty, PerUnit)
         self._strengths.take_over(type(self).__name__)
+        base.reached = set()
         self.steps = 0
         self.last_tail = math.nan
         self.history: list[list[float]] = []
@@ -267,6 +269,7 @@ class SparsityTarget:
         self._ask_for_lifts()
         if self.steps == self.total_steps:
             self._warn_if_missed()
+            self._warn_of_unreached()
 
     def path(self, first_tail: float) -> float:
         """Return the tail wanted at the present step of a run that began with a given one."""
@@ -315,6 +318,7 @@ class SparsityTarget:
             **self._lr_compensation.state_dict(),
             "scale_invariant": [list(place) for place in base.scale_invariant],
             "cutoff": base.cutoff,
+            "reached": [list(place) for place in sorted(base.reached or ())],
             "fallen": self._fallen,
             "latent_since": -1.0 if self._latent_since is None else self._latent_since,
             "seen_invariant": [
@@ -357,6 +361,7 @@ class SparsityTarget:
             self._set(loop)
         self._lr_compensation.load_state_dict(state_dict)
         base = self._strengths.decoupled
+        base.reached = {(group, place) for group, place in state_dict.get("reached", ())}
         if self._one_threshold:
             known, seen = (state_dict.get(key, ()) for key in ("scale_invariant", "seen_invariant"))  # from before them
             base.scale_invariant = [(group, place) for group, place in known]
@@ -421,15 +426,24 @@ class SparsityTarget:
         )
 
     def _layers(self, loop: Loop, *, frozen: bool = False) -> list[tuple[str, int, Tensor]]:
-        """List a loop's weights, or those that are frozen at present: a name, the group, the tensor."""
-        layers = []
+        """List a loop's weights, or those that are frozen at present: a name, the group, the tensor.
+
+        Without those that had no gradient in any step, which no strength moves, once it is known which had.
+        """
+        reached = self._strengths.decoupled.reached
+        return [
+            (f"{index}.{place}", index, w.detach())
+            for (index, place), w in self._under_penalty(loop)
+            if w.requires_grad != frozen and (not reached or (index, place) in reached)
+        ]
+
+    def _under_penalty(self, loop: Loop) -> Iterator[tuple[Place, Tensor]]:
         for index in loop.groups:
             group = self._strengths.groups[index]
             min_ndim = group.get("min_ndim", self._penalty.min_ndim)
             for place, w in enumerate(group["params"]):
-                if w.requires_grad != frozen and w.ndim >= min_ndim:
-                    layers.append((f"{index}.{place}", index, w.detach()))
-        return layers
+                if w.ndim >= min_ndim:
+                    yield (index, place), w
 
     def _control(self) -> None:
         layers = [self._layers(loop) for loop in self._loops]
@@ -534,6 +548,20 @@ class SparsityTarget:
             f'WCR(base, form="per_unit")',
             stacklevel=3,
         )
+
+    def _warn_of_unreached(self) -> None:
+        reached = self._strengths.decoupled.reached
+        every = [pair for loop in self._loops for pair in self._under_penalty(loop) if pair[1].requires_grad]
+        missing = [(place, w) for place, w in every if reached and place not in reached]
+        if missing:
+            (group, place), w = missing[0]
+            warnings.warn(
+                f"{len(missing)} weights of the driven groups had no gradient in any step, such as "
+                f"param_groups[{group}]['params'][{place}] of shape {tuple(w.shape)}: no strength moves them, and the "
+                f"tail is that of the others, but pruning ranks them too. Exclude them from both, param_groups and "
+                f"pruning, or take them out of the model",
+                stacklevel=3,
+            )
 
     def plot(
         self, path: str | os.PathLike[str] | None = None, accuracy: Sequence[tuple[int, float]] | None = None
