@@ -318,6 +318,21 @@ def test_what_the_kernel_cannot_do_is_done_without_it(net_of, backend, cls, opti
     assert_close(*nets)
 
 
+@pytest.mark.parametrize("strength", [0.0, 0.1])
+@pytest.mark.parametrize("late", [0, 2])
+@pytest.mark.parametrize("cls", [SGD, AdamW])
+def test_a_layer_whose_first_gradient_comes_later(net_of, backend, cls, late, strength):
+    nets = [net_of(torch.float64), net_of(torch.float64)]
+    options = {"weight_concentration": strength} | ({"momentum": 0.9, "nesterov": True} if cls is SGD else {})
+    for net, opt in zip(nets, (make(cls, nets[0], backend, **options), unfused(cls, nets[1], **options)), strict=True):
+        for step in range(6):
+            gradients(net, opt, step)
+            if step < 2:
+                [*net.parameters()][late].grad = None
+            opt.step()
+    torch.testing.assert_close(*map(weights, nets), rtol=1e-9, atol=1e-12)
+
+
 def test_layers_whose_gradient_lies_otherwise_in_memory_are_left_to_torch(net_of, backend):
     if backend == "triton" and DEVICE.type == "cuda":
         pytest.skip("torch's own fused kernel refuses such gradients on CUDA")

@@ -136,17 +136,20 @@ class FusedUpdate(Optimizer):
             if not self._in_graphs:
                 self._known.update({w: Known(sums, row, stamp(w)) for row, w in enumerate(layers)})
         if group["fused"]:
-            index = [i for i, w in enumerate(lists[0]) if local(w).device.type == "cpu" and not self._suits(lists, i)]
+            index = [i for i in range(len(lists[0])) if not self._suits(lists, i)]
             if index:
                 self._update_plainly(group, _take_out(lists, index))
         return result
 
     def _suits(self, lists: list[list[Any]], i: int) -> bool:
-        """Return whether torch's own fused kernel updates a layer rightly on the CPU.
+        """Return whether torch's own fused kernel updates a layer rightly.
 
-        Up to torch 2.13 it takes element i of every tensor's memory for one and the same, whatever their strides.
+        On the CPU it takes element i of every tensor's memory for one and the same, whatever their strides, up to torch
+        2.13.
         """
-        return _alike([stream[i] for stream in lists if stream and stream[i] is not None])
+        return local(lists[0][i]).device.type != "cpu" or _alike(
+            [stream[i] for stream in lists if stream and stream[i] is not None]
+        )
 
     def _update_plainly(self, group: dict[str, Any], lists: list[list[Any]]) -> None:
         """Update layers by torch's plain kernels.
@@ -215,11 +218,16 @@ class FusedSGD(FusedUpdate, torch.optim.SGD):
     """torch.optim.SGD, its state and its options, see `FusedUpdate`.
 
     Where torch's own fused kernel would update bfloat16 or float16 weights on the CPU, its plain one does: up to torch
-    2.13 the fused one skips whole vectors of them and takes garbage for their momentum (pytorch/pytorch#191763).
+    2.13 the fused one skips whole vectors of them and takes garbage for their momentum (pytorch/pytorch#191763). On any
+    device so does it with a layer whose first gradient comes later than that of others in its group, for which torch's
+    fused step takes no missing momentum.
     """
 
     def _suits(self, lists: list[list[Any]], i: int) -> bool:
-        return lists[0][i].element_size() >= 4 and super()._suits(lists, i)
+        w, momentum = lists[0][i], lists[2]
+        if momentum and momentum[i] is None and any(buffer is not None for buffer in momentum):
+            return False
+        return (w.element_size() >= 4 or local(w).device.type != "cpu") and super()._suits(lists, i)
 
     def _update_unfused(self, group: dict[str, Any], lists: list[list[Any]]) -> None:
         params, grads, buffers = lists
