@@ -1,5 +1,7 @@
 """Sparse layouts for inference: the same results, and a reason where there is none."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -34,6 +36,27 @@ def test_a_csr_layer_computes_what_the_dense_one_does(shape, bias, dtype):
         output = sparse(x)
         torch.testing.assert_close(output, dense(x))
     assert output.is_contiguous()
+
+
+def test_a_csr_model_is_copied_and_takes_another_dtype():
+    dense = pruned_(nn.Sequential(nn.Linear(24, 17), nn.ReLU(), nn.Linear(17, 5)))
+    sparse = to_csr(dense)
+    x = torch.randn(6, 24)
+    copied = copy.deepcopy(sparse)
+    assert types(copied) == types(sparse) == [CSRLinear] * 2
+    wide = copied.double()
+    torch.testing.assert_close(wide(x.double()), dense.double()(x.double()))
+    assert sparse[0].weight.dtype == torch.float32, "the copy's weights are its own"
+    torch.testing.assert_close(sparse(x), dense.float()(x))
+    with pytest.raises(ValueError, match="0: its weight is in compressed sparse rows already"):
+        to_csr(sparse)
+
+
+def test_a_csr_layer_under_autocast_multiplies_in_its_own_dtype():
+    dense = pruned_(nn.Sequential(nn.Linear(24, 17), nn.ReLU(), nn.Linear(17, 5)))
+    x = torch.randn(6, 24)
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(to_csr(dense)(x).float(), dense(x).float(), rtol=0.05, atol=0.05)
 
 
 def test_only_what_is_sparse_and_plain_is_converted():

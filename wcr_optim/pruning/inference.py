@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -30,21 +30,44 @@ class CSRLinear(nn.Linear):
         """Apply the layer.
 
         Args:
-            input: Shape (..., in_features), of the weight's dtype.
+            input: Shape (..., in_features), of the weight's dtype; under autocast, for which torch multiplies no sparse
+                matrices, it is brought there.
 
         Returns:
             Shape (..., out_features), contiguous.
         """
         # Not F.linear: dense times the transposed sparse weight takes several times as long as sparse times dense, and
         # it fails in inference mode.
-        rows = input.reshape(-1, self.in_features)
-        if 0 < len(rows) < _FEW_ROWS:
-            output = torch.stack([self.weight.mv(row) for row in rows])
-        else:
-            output = (self.weight @ rows.t()).t().contiguous()
-        if self.bias is not None:
-            output = output + self.bias
+        device = input.device.type
+        if torch.is_autocast_enabled(device):
+            input = input.to(self.weight.dtype)
+        with torch.autocast(device, enabled=False):
+            rows = input.reshape(-1, self.in_features)
+            if 0 < len(rows) < _FEW_ROWS:
+                output = torch.stack([self.weight.mv(row) for row in rows])
+            else:
+                output = (self.weight @ rows.t()).t().contiguous()
+            if self.bias is not None:
+                output = output + self.bias
         return output.view(*input.shape[:-1], self.out_features)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CSRLinear:
+        # torch copies no parameter in this layout.
+        memo.setdefault(id(self.weight), nn.Parameter(self.weight.detach().clone(), requires_grad=False))
+        made = memo[id(self)] = type(self).__new__(type(self))
+        made.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return made
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CSRLinear:
+        # Nor does it put one of another dtype in its place, as .double() would.
+        weight = self.weight
+        self.weight = nn.Parameter(torch.empty(0), requires_grad=False)
+        try:
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+            weight = nn.Parameter(fn(weight.detach()), requires_grad=False)
+        finally:
+            self.weight = weight
+        return self
 
 
 def to_csr(model: Module, min_sparsity: float = 0.8) -> Module:
@@ -139,6 +162,8 @@ def _converted(model: Module, convert: Callable[[nn.Linear], str | None]) -> Mod
     reasons = {}
     converted = False
     for name, module in list(model.named_modules()):
+        if isinstance(module, CSRLinear):
+            reasons[name or type(module).__name__] = "its weight is in compressed sparse rows already"
         if type(module) is not nn.Linear or id(module) in inside:
             continue
         reason = convert(module)
