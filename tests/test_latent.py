@@ -208,6 +208,29 @@ def test_a_gradient_that_a_hook_of_the_base_took_leaves_its_state_to_the_base(ar
     assert {"exp_avg", "exp_avg_sq", "step"} < base.state[weight].keys()
 
 
+def test_resume_where_one_group_has_momentum_and_another_has_none():
+    def make(params):
+        params = list(params)
+        return per_unit(
+            torch.optim.SGD([{"params": params[:2]}, {"params": params[2:], "momentum": 0.0}], 0.1, 0.9), 0.1
+        )
+
+    halves(make)
+
+
+def test_a_base_that_keeps_a_count_of_its_own_in_its_state():
+    class Counting(torch.optim.SGD):
+        def step(self, closure=None):
+            self.state["steps"] = self.state.get("steps", 0) + 1
+            return super().step(closure)
+
+    net = small_net()
+    optimizer = per_unit(Counting(net.parameters(), lr=0.1))
+    train(net, optimizer, range(3))
+    assert optimizer.state["steps"] == 3
+    assert KEY in optimizer.state[shrinkable(net)[0]]
+
+
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_a_base_without_states_goes_through_torch_distributed_checkpoint(tmp_path):
     nets = [small_net(), small_net()]

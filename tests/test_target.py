@@ -600,6 +600,53 @@ class TestGroups:
         assert target.strengths() == expected.strengths()
         assert_same(plain, net)
 
+    @pytest.mark.parametrize("frozen", [True, False])
+    def test_a_body_that_is_trained_after_its_head(self, frozen):
+        class Body(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.body, self.head, self.waits = student()[:4], nn.Linear(32, 1), True
+
+            def forward(self, x):
+                with torch.set_grad_enabled(not self.waits):
+                    x = self.body(x)
+                return self.head(x)
+
+        net = Body()
+        optimizer = WCR(BASES["sgd"](param_groups(net, exclude="head")), form="per_unit")
+        net.body.requires_grad_(not frozen)
+        target = SparsityTarget(optimizer, 0.9, 300)
+        fit(net, optimizer, target, 40)
+        assert target.history == []
+        net.waits = False
+        net.body.requires_grad_(True)
+        fit(net, optimizer, target, 260, first=40)
+        trained = [net.body[0].weight, net.body[2].weight]
+        assert target.last_tail == pytest.approx(plain_tail(trained, 0.9), rel=0.02)
+        assert target.last_tail < 2e-3
+
+    def test_a_body_that_is_never_trained_is_named_at_the_end(self):
+        net = student()
+        optimizer = WCR(BASES["sgd"](param_groups(net, exclude="4")), form="per_unit")
+        net[:4].requires_grad_(False)
+        target = SparsityTarget(optimizer, 0.9, 20)
+        with pytest.warns(UserWarning, match="none of its weights was trained"):
+            fit(net, optimizer, target, 20)
+
+    @pytest.mark.filterwarnings("ignore")  # torch's, about its own parts
+    def test_a_compiled_step_tells_which_weights_are_used(self):
+        torch._dynamo.reset()
+        net = student()
+        unused = nn.Parameter(torch.randn(64, 64))
+        optimizer = WCR(BASES["sgd"]([*net.parameters(), unused]), form="per_unit")
+        target = SparsityTarget(optimizer, 0.9, 10)
+        optimizer.step = torch.compile(optimizer.step, backend="eager")
+        with pytest.warns(UserWarning, match=r"1 weights .* had no gradient"):
+            fit(net, optimizer, target, 10)
+        assert target.last_tail == pytest.approx(
+            plain_tail([net[0].weight, net[2].weight, net[4].weight], 0.9), rel=0.02
+        )
+
     def test_weights_that_are_used_later_are_driven_from_then_on(self):
         class Late(nn.Module):
             def __init__(self):

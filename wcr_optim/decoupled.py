@@ -120,7 +120,7 @@ class Decoupled(OptimizerWrapper):
     """Weights that had a gradient in some step, which alone the penalty can act on; None notes none.
 
     SparsityTarget asks for them with a set. Nothing is noted where no group has an lr, as in a checkpoint loader's
-    probe, nor inside a graph of torch.compile.
+    probe.
     """
     cutoff: float = math.inf
     """Magnitude from which that one threshold spares weights; SparsityTarget sets it by what pruning will keep."""
@@ -178,6 +178,8 @@ class Decoupled(OptimizerWrapper):
 
     def update(self) -> None:
         """Apply the penalty, then the base's update, in one pass over the weights where the base can fuse them."""
+        if self.reached is not None:
+            type(self)._outside_graphs(self._note_reached)  # a graph would not keep them
         if self._rounds() or self._latent is not None:
             # Fresh random bits at every step are nothing that a graph of torch.compile can hold.
             type(self)._outside_graphs(self._regularize)
@@ -239,9 +241,7 @@ class Decoupled(OptimizerWrapper):
         weights: defaultdict[torch.device, list[Tensor]] = defaultdict(list)
         places: defaultdict[torch.device, list[Place]] = defaultdict(list)
         lengths: defaultdict[torch.device, list[Tensor]] = defaultdict(list)
-        groups = self._filled_groups()
-        self._note_reached(groups)
-        for number, group in enumerate(groups):
+        for number, group in enumerate(self._filled_groups()):
             s = self._bounded(group["lr"] * group[self.penalty.option], number)
             if _is_zero(s):
                 self._hold_at_zero(group)
@@ -273,11 +273,11 @@ class Decoupled(OptimizerWrapper):
         if self._latent is not None:
             self._latent.hold(self)
 
-    def _note_reached(self, groups: Sequence[Mapping[str, Any]]) -> None:
-        if self.reached is None or torch.compiler.is_compiling() or all(_is_zero(group["lr"]) for group in groups):
-            return
-        for number, group in enumerate(groups):
-            self.reached.update((number, place) for place, w in enumerate(group["params"]) if w.grad is not None)
+    def _note_reached(self) -> None:
+        groups = self.param_groups
+        if self.reached is not None and not all(_is_zero(group["lr"]) for group in groups):
+            for number, group in enumerate(groups):
+                self.reached.update((number, place) for place, w in enumerate(group["params"]) if w.grad is not None)
 
     def _release(self) -> None:
         if self._latent is not None:

@@ -46,23 +46,23 @@ class Slot:
     def settle(self, optimizer: Optimizer, stepped: Iterable[Tensor]) -> None:
         """Move to the state what was kept aside for parameters that the base has stepped by now.
 
-        Where the base makes states, only for those that it has made one for: a hook of it may have taken the gradient.
-        Where it makes none, as SGD without momentum, the other parameters get an empty one, since
-        torch.distributed.checkpoint loads states of all parameters or of none.
+        Where the base makes states, those that it has made none for and that have no gradient are left out: a hook of
+        it may have taken the gradient, and the base will make one later. Where it makes none at all, as SGD without
+        momentum, the other parameters get an empty one, since torch.distributed.checkpoint loads states of all
+        parameters or of none.
         """
-        stepped = list(stepped)
         waiting = [p for p in stepped if p in self._aside]
         if not waiting:
             return
         state = optimizer.state
-        made = {p for p, entries in state.items() if not entries.keys() <= Slot._keys}
+        every = [p for group in optimizer.param_groups for p in group["params"]]
+        made = {p for p in every if not state.get(p, {}).keys() <= Slot._keys}
         for p in waiting:
-            if p in made or not made:
+            if p in made or p.grad is not None or not made:
                 state[p][self.key] = self._aside.pop(p)
         if not made:
-            for group in optimizer.param_groups:
-                for p in group["params"]:
-                    state[p]  # a defaultdict
+            for p in every:
+                state[p]  # a defaultdict
 
     @property
     def waits(self) -> bool:

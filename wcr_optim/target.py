@@ -425,16 +425,17 @@ class SparsityTarget:
             self._penalty.per_unit and self.steps > 0 and self.steps % self.every == 0
         )
 
-    def _layers(self, loop: Loop, *, frozen: bool = False) -> list[tuple[str, int, Tensor]]:
-        """List a loop's weights, or those that are frozen at present: a name, the group, the tensor.
+    def _layers(self, loop: Loop) -> list[tuple[str, int, Tensor]]:
+        """List a loop's weights: a name, the group, the tensor.
 
-        Without those that had no gradient in any step, which no strength moves, once it is known which had.
+        Without those that are frozen at present, and those that had no gradient in any step, which no strength moves,
+        once it is known which had.
         """
         reached = self._strengths.decoupled.reached
         return [
             (f"{index}.{place}", index, w.detach())
             for (index, place), w in self._under_penalty(loop)
-            if w.requires_grad != frozen and (not reached or (index, place) in reached)
+            if w.requires_grad and (not reached or (index, place) in reached)
         ]
 
     def _under_penalty(self, loop: Loop) -> Iterator[tuple[Place, Tensor]]:
@@ -447,8 +448,8 @@ class SparsityTarget:
 
     def _control(self) -> None:
         layers = [self._layers(loop) for loop in self._loops]
-        if not any(layers) and any(self._layers(loop, frozen=True) for loop in self._loops):
-            return  # all of them frozen for a time
+        if not any(layers) and any(True for loop in self._loops for _ in self._under_penalty(loop)):
+            return  # all of them frozen for a time, or not used yet
         measured = self._measure(layers)
         if measured.seen_invariant:
             seen = measured.seen_invariant.items()
@@ -541,7 +542,10 @@ class SparsityTarget:
             return
         worst = max(missed, key=lambda loop: loop.tail)
         short = "the run was too short for the strength to get there"
-        why = worst.obstacle or (short if worst.has_begun else "its learning rate was 0 at every measurement")
+        idle = (
+            "its learning rate was 0 at every measurement" if self._layers(worst) else "none of its weights was trained"
+        )
+        why = worst.obstacle or (short if worst.has_begun else idle)
         warnings.warn(
             f"pruning at sparsity {self.sparsity:g} would still take {worst.tail:.3g} of the weights' energy, wanted "
             f"{self.tail_energy:g}: {why}. Ask for less sparsity, train longer, allow more dense cost, or drive "
