@@ -189,17 +189,18 @@ def test_a_hook_that_loads_into_another_order_of_parameters(hooked, dtype):
             assert torch.equal(value, other.state[q][key])
 
 
+@pytest.mark.parametrize("every", [False, True])
 @pytest.mark.parametrize("around", [per_unit, lambda base: SparseSAM(base)], ids=["latent", "sparse_sam"])
-def test_a_gradient_that_a_hook_of_the_base_took_leaves_its_state_to_the_base(around):
+def test_gradients_that_a_hook_of_the_base_took_leave_its_state_to_the_base(around, every):
     net = small_net()
     base = torch.optim.Adam(net.parameters(), lr=1e-2)
     optimizer = around(base)
     weight = shrinkable(net)[0]
 
     def take(*_):
-        if not base.state[weight]:
-            weight.grad = None
-            skip.remove()
+        for p in net.parameters() if every else [weight]:
+            p.grad = None
+        skip.remove()
 
     skip = base.register_step_pre_hook(take)
     train(net, optimizer, range(1), closure=True)
@@ -208,14 +209,28 @@ def test_a_gradient_that_a_hook_of_the_base_took_leaves_its_state_to_the_base(ar
     assert {"exp_avg", "exp_avg_sq", "step"} < base.state[weight].keys()
 
 
-def test_resume_where_one_group_has_momentum_and_another_has_none():
+@pytest.mark.parametrize("clears", [False, True])
+@pytest.mark.parametrize(
+    "around",
+    [per_unit, SSAM, SparseSAM, lambda base: SSAM(per_unit(base))],
+    ids=["latent", "ssam", "sparse_sam", "both"],
+)
+def test_resume_where_one_group_has_no_momentum_and_a_hook_clears_gradients(around, clears):
     def make(params):
         params = list(params)
-        return per_unit(
-            torch.optim.SGD([{"params": params[:2]}, {"params": params[2:], "momentum": 0.0}], 0.1, 0.9), 0.1
-        )
+        groups = [{"params": params[:2], "momentum": 0.0}, {"params": params[2:]}]
+        base = torch.optim.SGD(groups, lr=0.1, momentum=0.9)
+        if clears:
+            base.register_step_post_hook(lambda base, *_: base.zero_grad())
+        made.append(around(base))
+        return made[-1]
 
-    halves(make)
+    made = []
+    halves(make, closure=True)
+    for optimizer in made:
+        keys = {key for p in optimizer.param_groups[0]["params"] if p.ndim > 1 for key in optimizer.state[p]}
+        assert keys
+        assert not keys & {"momentum_buffer"}
 
 
 def test_a_base_that_keeps_a_count_of_its_own_in_its_state():

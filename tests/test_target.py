@@ -296,6 +296,7 @@ class TestAfterwards:
         net, optimizer, target = self.begun(steps)
         optimizer.param_groups[0]["weight_concentration"] = 1.0
         StrengthSchedule(optimizer, 100)
+        assert optimizer.reached is None
         twin = copy.deepcopy(net)
         bare = WCR(BASES["sgd"](param_groups(twin, weight_concentration=1.0)), form="scale_free")
         assert self.moved(net, optimizer) == self.moved(twin, bare) > 0.0
@@ -590,15 +591,40 @@ class TestGroups:
                 probed.grad = torch.zeros_like(probed)
             optimizer.param_groups[0]["lr"] = 0.0
             optimizer.step()
+            assert not optimizer.reached
             optimizer.zero_grad()
             optimizer.load_state_dict(saved["optimizer"])
             target.load_state_dict(saved["target"])
-        named = r"1 weights of the driven groups had no gradient .*\[0\]\['params'\]\[6\] of shape \(64, 64\)"
+        named = (
+            r"1 weight tensors of the driven groups never had a gradient.*\[0\]\['params'\]\[6\] of shape \(64, 64\)"
+        )
         with pytest.warns(UserWarning, match=named):
             fit(net, optimizer, target, 60 - (cut or 0), first=cut or 0)
         assert target.history == expected.history
         assert target.strengths() == expected.strengths()
         assert_same(plain, net)
+
+    @pytest.mark.parametrize("start", ["skipped", "no lr"])
+    def test_weights_that_nothing_uses_do_not_say_where_the_tail_begins(self, start):
+        histories = []
+        for unused in (False, True):
+            net = student()
+            extra = nn.Parameter(torch.randn(64, 64, generator=torch.Generator().manual_seed(0)) ** 5)
+            optimizer = WCR(BASES["sgd"]([*net.parameters(), *([extra] if unused else [])]), form="per_unit")
+            target = SparsityTarget(optimizer, 0.9, 100, tail_energy=0.2)
+            if start == "skipped":
+                (net(teacher_batch(0)[0]).sum() * math.inf).backward()
+                target.step()  # as after a step that a GradScaler skipped
+            else:
+                scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(step / 5, 1.0))
+            steps = 99 if start == "skipped" else 100
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                fit(net, optimizer, target, steps, scheduler if start == "no lr" else None)
+            histories.append([row for row in target.history if row[0] > 2])
+            histories[-1].append(target.lr_factors())
+        assert len(histories[0]) > 90
+        assert histories[0] == histories[1]
 
     @pytest.mark.parametrize("frozen", [True, False])
     def test_a_body_that_is_trained_after_its_head(self, frozen):
@@ -630,7 +656,7 @@ class TestGroups:
         optimizer = WCR(BASES["sgd"](param_groups(net, exclude="4")), form="per_unit")
         net[:4].requires_grad_(False)
         target = SparsityTarget(optimizer, 0.9, 20)
-        with pytest.warns(UserWarning, match="none of its weights was trained"):
+        with pytest.warns(UserWarning, match="no weight of the driven groups was trained"):
             fit(net, optimizer, target, 20)
 
     @pytest.mark.filterwarnings("ignore")  # torch's, about its own parts
@@ -641,7 +667,7 @@ class TestGroups:
         optimizer = WCR(BASES["sgd"]([*net.parameters(), unused]), form="per_unit")
         target = SparsityTarget(optimizer, 0.9, 10)
         optimizer.step = torch.compile(optimizer.step, backend="eager")
-        with pytest.warns(UserWarning, match=r"1 weights .* had no gradient"):
+        with pytest.warns(UserWarning, match=r"1 weight tensors .* never had a gradient"):
             fit(net, optimizer, target, 10)
         assert target.last_tail == pytest.approx(
             plain_tail([net[0].weight, net[2].weight, net[4].weight], 0.9), rel=0.02

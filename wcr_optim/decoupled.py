@@ -26,7 +26,14 @@ from wcr_optim.precision import accumulator
 from wcr_optim.shrink import shrink_
 from wcr_optim.units import shrink_keeping_energy_, shrink_units_, spread, unit_moments
 from wcr_optim.uploads import select
-from wcr_optim.wrapper import OptimizerWrapper, check_keeps_state, innermost, runs_closure
+from wcr_optim.wrapper import (
+    OptimizerWrapper,
+    check_keeps_state,
+    innermost,
+    outside_graphs,
+    runs_closure,
+    stepped_by,
+)
 
 ROUNDING_SEED = "rounding_seed"
 # Between the seeds of streams of random numbers: steps count up from one, fused calls by 2^32 (see `fused`).
@@ -117,10 +124,10 @@ class Decoupled(OptimizerWrapper):
     it by somebody else, and has no bound. On a device and inside a graph of torch.compile steps are taken as they are.
     """
     reached: set[Place] | None = None
-    """Weights that had a gradient in some step, which alone the penalty can act on; None notes none.
+    """Places of weights that had a gradient in a step with a positive lr; None if nobody asks.
 
-    SparsityTarget asks for them with a set. Nothing is noted where no group has an lr, as in a checkpoint loader's
-    probe.
+    SparsityTarget sets it to an empty set, and the steps fill it. Steps in which every lr is 0 do not count: a
+    checkpoint loader's probe gives all weights a gradient of zeros.
     """
     cutoff: float = math.inf
     """Magnitude from which that one threshold spares weights; SparsityTarget sets it by what pruning will keep."""
@@ -179,15 +186,18 @@ class Decoupled(OptimizerWrapper):
     def update(self) -> None:
         """Apply the penalty, then the base's update, in one pass over the weights where the base can fuse them."""
         if self.reached is not None:
-            type(self)._outside_graphs(self._note_reached)  # a graph would not keep them
+            self.note_reached()
         if self._rounds() or self._latent is not None:
             # Fresh random bits at every step are nothing that a graph of torch.compile can hold.
             type(self)._outside_graphs(self._regularize)
         else:
             self._regularize()
-        super().update()
-        if self._latent is not None:
-            type(self)._outside_graphs(self._release)
+        if self._latent is not None and self._latent.waits:
+            self._update_first()
+        else:
+            super().update()
+            if self._latent is not None:
+                self._release()
         if isinstance(self.base, FusedUpdate):
             self.base.forget()
 
@@ -273,16 +283,26 @@ class Decoupled(OptimizerWrapper):
         if self._latent is not None:
             self._latent.hold(self)
 
-    def _note_reached(self) -> None:
+    @outside_graphs  # a set that grows would have a graph compiled anew
+    def note_reached(self) -> None:
+        """Note which weights have a gradient, see `reached`."""
         groups = self.param_groups
         if self.reached is not None and not all(_is_zero(group["lr"]) for group in groups):
             for number, group in enumerate(groups):
                 self.reached.update((number, place) for place, w in enumerate(group["params"]) if w.grad is not None)
 
-    def _release(self) -> None:
+    @outside_graphs
+    def _update_first(self) -> None:
+        """Update weights of which some have no state of the base yet, for which their latent ones wait."""
+        with stepped_by(self) as stepped:
+            super().update()
+        self._release(stepped)
+
+    @outside_graphs
+    def _release(self, stepped: Sequence[Tensor] = ()) -> None:
         if self._latent is not None:
             with self.true_weights():  # SSAM's, in a loop without closures, are others from here on
-                self._latent.release(self)
+                self._latent.release(self, stepped)
 
     def _hold_at_zero(self, group: Mapping[str, Any]) -> None:
         """Hold the latent weights of a group through a step of length 0, such as a checkpoint loader's probe."""

@@ -218,16 +218,16 @@ class FusedSGD(FusedUpdate, torch.optim.SGD):
     """torch.optim.SGD, its state and its options, see `FusedUpdate`.
 
     Where torch's own fused kernel would update bfloat16 or float16 weights on the CPU, its plain one does: up to torch
-    2.13 the fused one skips whole vectors of them and takes garbage for their momentum (pytorch/pytorch#191763). On any
-    device so does it with a layer whose first gradient comes later than that of others in its group, for which torch's
-    fused step takes no missing momentum.
+    2.13 the fused one skips whole vectors of them and takes garbage for their momentum (pytorch/pytorch#191763). On
+    every device the plain kernel also updates a layer whose first gradient comes later than that of others in its
+    group: torch's fused step raises where only some momentum buffers exist.
     """
 
     def _suits(self, lists: list[list[Any]], i: int) -> bool:
         w, momentum = lists[0][i], lists[2]
-        if momentum and momentum[i] is None and any(buffer is not None for buffer in momentum):
-            return False
-        return (w.element_size() >= 4 or local(w).device.type != "cpu") and super()._suits(lists, i)
+        is_late = bool(momentum) and momentum[i] is None and any(buffer is not None for buffer in momentum)
+        is_wide = w.element_size() >= 4 or local(w).device.type != "cpu"
+        return is_wide and not is_late and super()._suits(lists, i)
 
     def _update_unfused(self, group: dict[str, Any], lists: list[list[Any]]) -> None:
         params, grads, buffers = lists

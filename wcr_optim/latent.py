@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -88,8 +88,14 @@ class LatentWeights:
             self._held.append(_Held(w, z, total, signs))
         self._taken = []
 
-    def release(self, optimizer: Optimizer) -> None:
-        """Bring the weights that were zero, or passed through it, to where their latent ones say."""
+    def release(self, optimizer: Optimizer, stepped: Iterable[Tensor] = ()) -> None:
+        """Bring the weights that were zero, or passed through it, to where their latent ones say.
+
+        Args:
+            optimizer: Whose state they are kept in.
+            stepped: Parameters that the base has stepped and that had no state before (default: none).
+
+        """
         for w, z, total, signs in self._held:
             for x, latent, reach, sign in _pieces(local(w), local(z), local(total), signs):
                 latent.add_(x)
@@ -97,10 +103,14 @@ class LatentWeights:
                 # What was not zero and kept its sign is left as it is: rounding has no part in it.
                 torch.where(x * sign > 0, x, beyond.to(x.dtype), out=x)
                 latent.masked_fill_(x != 0, 0.0)
-        weights = [held.weight for held in self._held]
-        self._latent.settle(optimizer, weights)
-        self._sum.settle(optimizer, weights)
+        self._latent.settle(optimizer, stepped)
+        self._sum.settle(optimizer, stepped)
         self._held = []
+
+    @property
+    def waits(self) -> bool:
+        """Whether a weight has no state of its base yet."""
+        return self._latent.waits
 
     def load(self, optimizer: Optimizer, state_dict: Mapping[str, Any]) -> None:
         """Take what a checkpoint has as it is: torch casts state to the weights' dtype, which may be too narrow."""

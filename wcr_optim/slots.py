@@ -44,23 +44,19 @@ class Slot:
         optimizer.state.get(p, {}).pop(self.key, None)
 
     def settle(self, optimizer: Optimizer, stepped: Iterable[Tensor]) -> None:
-        """Move to the state what was kept aside for parameters that the base has stepped by now.
+        """Move to the state what was kept aside for parameters that the base has stepped, see `wrapper.stepped_by`.
 
-        Where the base makes states, those that it has made none for and that have no gradient are left out: a hook of
-        it may have taken the gradient, and the base will make one later. Where it makes none at all, as SGD without
-        momentum, the other parameters get an empty one, since torch.distributed.checkpoint loads states of all
-        parameters or of none.
+        Around a base that makes no states, as SGD without momentum, the other parameters get an empty one, since
+        torch.distributed.checkpoint loads states of all parameters or of none.
         """
-        waiting = [p for p in stepped if p in self._aside]
+        waiting = [p for p in dict.fromkeys(stepped) if p in self._aside]
         if not waiting:
             return
         state = optimizer.state
-        every = [p for group in optimizer.param_groups for p in group["params"]]
-        made = {p for p in every if not state.get(p, {}).keys() <= Slot._keys}
         for p in waiting:
-            if p in made or p.grad is not None or not made:
-                state[p][self.key] = self._aside.pop(p)
-        if not made:
+            state[p][self.key] = self._aside.pop(p)
+        every = [p for group in optimizer.param_groups for p in group["params"]]
+        if all(state.get(p, {}).keys() <= Slot._keys for p in every):
             for p in every:
                 state[p]  # a defaultdict
 

@@ -256,6 +256,7 @@ class SparsityTarget:
         self._find_loops()
         if loss is not None:
             self._loss.add(loss, self._strengths.device)
+        self._strengths.decoupled.note_reached()  # of a step that a GradScaler skipped, too
         self.steps += 1
         self._lr_compensation.undo()
         for loop in self._loops:
@@ -428,8 +429,8 @@ class SparsityTarget:
     def _layers(self, loop: Loop) -> list[tuple[str, int, Tensor]]:
         """List a loop's weights: a name, the group, the tensor.
 
-        Without those that are frozen at present, and those that had no gradient in any step, which no strength moves,
-        once it is known which had.
+        Those that are frozen at present, or had no gradient in any step so far, are left out, since no strength moves
+        them. Before any step was noted it is not known which had one, and all count.
         """
         reached = self._strengths.decoupled.reached
         return [
@@ -448,8 +449,8 @@ class SparsityTarget:
 
     def _control(self) -> None:
         layers = [self._layers(loop) for loop in self._loops]
-        if not any(layers) and any(True for loop in self._loops for _ in self._under_penalty(loop)):
-            return  # all of them frozen for a time, or not used yet
+        if not any(layers) and any(pair for loop in self._loops for pair in self._under_penalty(loop)):
+            return  # there are weights, but all are frozen at present or not used yet
         measured = self._measure(layers)
         if measured.seen_invariant:
             seen = measured.seen_invariant.items()
@@ -478,6 +479,9 @@ class SparsityTarget:
                 loop.obstacle = ""
             pruned, total = pruned + energies[0], total + energies[1]
             loop.tail = energies[0] / energies[1]
+            if lr == 0.0 and not loop.has_begun:
+                loop.first_tail = loop.tail
+                continue  # what is remembered of the start is of the first positive lr, when it is known what is used
             names = [name for name, _, _ in named]
             energy = (of_layers.n * of_layers.q).tolist()
             first = [self._first_energy.setdefault(name, now) for name, now in zip(names, energy, strict=True)]
@@ -541,11 +545,16 @@ class SparsityTarget:
         if not missed:
             return
         worst = max(missed, key=lambda loop: loop.tail)
+        if not any(self._layers(loop) for loop in missed):
+            warnings.warn(
+                "no weight of the driven groups was trained, so that none was driven; check requires_grad, and that "
+                "the loss uses them",
+                stacklevel=3,
+            )
+            return
         short = "the run was too short for the strength to get there"
-        idle = (
-            "its learning rate was 0 at every measurement" if self._layers(worst) else "none of its weights was trained"
-        )
-        why = worst.obstacle or (short if worst.has_begun else idle)
+        no_lr = "its learning rate was 0 at every measurement"
+        why = worst.obstacle or (short if worst.has_begun else no_lr)
         warnings.warn(
             f"pruning at sparsity {self.sparsity:g} would still take {worst.tail:.3g} of the weights' energy, wanted "
             f"{self.tail_energy:g}: {why}. Ask for less sparsity, train longer, allow more dense cost, or drive "
@@ -560,10 +569,10 @@ class SparsityTarget:
         if missing:
             (group, place), w = missing[0]
             warnings.warn(
-                f"{len(missing)} weights of the driven groups had no gradient in any step, such as "
-                f"param_groups[{group}]['params'][{place}] of shape {tuple(w.shape)}: no strength moves them, and the "
-                f"tail is that of the others, but pruning ranks them too. Exclude them from both, param_groups and "
-                f"pruning, or take them out of the model",
+                f"{len(missing)} weight tensors of the driven groups never had a gradient, such as "
+                f"param_groups[{group}]['params'][{place}] of shape {tuple(w.shape)}: no strength moves them and the "
+                f"tail leaves them out, but pruning ranks them. Leave them out of param_groups and of pruning "
+                f"(exclude=), or take them out of the model",
                 stacklevel=3,
             )
 

@@ -36,10 +36,10 @@ def already_gathered() -> None:
 
 
 def outside_graphs(method: Callable[P, T]) -> Callable[P, T]:
-    """Keep a method, and what it calls, out of the graphs of torch.compile, which breaks the graph there.
+    """Have a method, and what it calls, run outside of the graphs of torch.compile: one ends before it.
 
-    For what passes numbers and flags from one phase of a step to the next: stores to attributes of the optimizer that
-    are made while it is traced can be lost at a later break.
+    For methods that store flags or numbers on the optimizer for a later phase of the step: such a store, made while the
+    step is traced, can be lost where the graph breaks. What the user compiled, and a closure calls, stays compiled.
     """
 
     @functools.wraps(method)
@@ -470,13 +470,36 @@ def innermost(optimizer: Any) -> Any:
     return optimizer
 
 
+@contextmanager
+def stepped_by(optimizer: Optimizer) -> Iterator[list[Tensor]]:
+    """Collect the parameters without state that the innermost optimizer of a chain steps in a block.
+
+    Those are they that have a gradient when its step begins: hooks before it may have taken some, and hooks after it
+    may clear all.
+    """
+    params = [p for group in optimizer.param_groups for p in group["params"] if not optimizer.state.get(p)]
+    stepped: list[Tensor] = []
+    if not params:
+        yield stepped
+        return
+    inner = innermost(optimizer)
+    hooks = inner._optimizer_step_pre_hooks
+    # In a copy, since a hook may remove itself, which torch's iteration over them bears in the last of them alone.
+    inner._optimizer_step_pre_hooks = OrderedDict(hooks)
+    inner._optimizer_step_pre_hooks[len(hooks)] = lambda *_: stepped.extend(p for p in params if p.grad is not None)
+    try:
+        yield stepped
+    finally:
+        inner._optimizer_step_pre_hooks = hooks
+
+
 def check_keeps_state(what: str, base: Any, instead: str) -> None:
     """Raise TypeError if the innermost optimizer keeps no state here that a checkpoint would hold.
 
     Args:
-        what: That needs it.
+        what: What is refused, beginning the message.
         base: The optimizer, or a chain of ours around it.
-        instead: What to do.
+        instead: A second way out, ending it.
     """
     inner = innermost(base)
     if hasattr(inner, "consolidate_state_dict"):

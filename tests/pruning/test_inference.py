@@ -44,6 +44,7 @@ def test_a_csr_model_is_copied_and_takes_another_dtype():
     x = torch.randn(6, 24)
     copied = copy.deepcopy(sparse)
     assert types(copied) == types(sparse) == [CSRLinear] * 2
+    assert copied[0].weight.values().data_ptr() != sparse[0].weight.values().data_ptr()
     wide = copied.double()
     torch.testing.assert_close(wide(x.double()), dense.double()(x.double()))
     assert sparse[0].weight.dtype == torch.float32, "the copy's weights are its own"
@@ -56,7 +57,8 @@ def test_a_csr_layer_under_autocast_multiplies_in_its_own_dtype():
     dense = pruned_(nn.Sequential(nn.Linear(24, 17), nn.ReLU(), nn.Linear(17, 5)))
     x = torch.randn(6, 24)
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
-        torch.testing.assert_close(to_csr(dense)(x).float(), dense(x).float(), rtol=0.05, atol=0.05)
+        for given in (x, x.bfloat16()):
+            torch.testing.assert_close(to_csr(dense)(given).float(), dense(given).float(), rtol=0.05, atol=0.05)
 
 
 def test_only_what_is_sparse_and_plain_is_converted():

@@ -53,6 +53,7 @@ def test_either_order_gives_the_same_weights(name, closure, penalty):
         assert_close(models[0], models[2], 1e-6)  # the penalty did something
 
 
+@pytest.mark.filterwarnings("ignore")  # torch's, about its own parts
 @pytest.mark.parametrize(("name", "closure"), [*((name, True) for name in ALL), ("ssam", False)])
 def test_a_compiled_step_is_the_step(name, closure):
     torch._dynamo.reset()
@@ -68,6 +69,19 @@ def test_a_compiled_step_is_the_step(name, closure):
     assert_close(models[0], models[1], 1e-6)
     with pytest.raises(AssertionError):
         assert_close(models[0], models[2], 1e-4)  # the perturbation did something
+
+
+@pytest.mark.parametrize("name", TWO_PASS)
+def test_compiled_passes_are_the_passes(name):
+    torch._dynamo.reset()
+    models = [net(), net()]
+    for model, compiled in zip(models, (False, True), strict=True):
+        optimizer = OPTIMIZERS[name](base_of(groups(model)))
+        if compiled:
+            optimizer.first_step = torch.compile(optimizer.first_step, backend="eager")
+            optimizer.second_step = torch.compile(optimizer.second_step, backend="eager")
+        manual(model, optimizer, range(4))
+    assert_close(*models, 1e-6)
 
 
 @pytest.mark.parametrize("name", TWO_PASS)

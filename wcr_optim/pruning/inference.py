@@ -30,8 +30,8 @@ class CSRLinear(nn.Linear):
         """Apply the layer.
 
         Args:
-            input: Shape (..., in_features), of the weight's dtype; under autocast, for which torch multiplies no sparse
-                matrices, it is brought there.
+            input: Shape (..., in_features), of the weight's dtype. Under autocast it is brought there, and the result
+                has that dtype too, since torch has no sparse products in lower precision.
 
         Returns:
             Shape (..., out_features), contiguous.

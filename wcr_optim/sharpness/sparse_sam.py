@@ -19,7 +19,7 @@ from wcr_optim.sharpness.guards import RunningStatistics
 from wcr_optim.sharpness.memory import add_
 from wcr_optim.sharpness.two_pass import TwoPass
 from wcr_optim.slots import Slot
-from wcr_optim.wrapper import check_keeps_state, outside_graphs
+from wcr_optim.wrapper import check_keeps_state, outside_graphs, stepped_by
 
 EPS = 1e-7
 MADE = "sparse_sam_made"
@@ -164,7 +164,8 @@ class SparseSAM(TwoPass):
         # Listed before, since a hook of the base may clear the gradients.
         stepped = [p for group in self._filled_groups() for p in group["params"] if p.grad is not None]
         is_next = self._gathered
-        super().update()
+        with stepped_by(self) as first:
+            super().update()
         if is_next:
             self._set_masks(list(self._next_masks), list(self._next_masks.values()))
             for p, root in self._next_fisher.items():
@@ -175,7 +176,7 @@ class SparseSAM(TwoPass):
         self._forget_next()
         if stepped and self._has_masks():
             self._note_made()
-        self._hold_places(stepped)
+        self._hold_places(stepped, first)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state_dict, masks included; without any in it, they are made anew."""
@@ -244,7 +245,7 @@ class SparseSAM(TwoPass):
                 local(root).hypot_(local(p.grad) if scale == 1.0 else local(p.grad) / scale)
                 self._next_fisher[p] = root
 
-    def _hold_places(self, stepped: Iterable[Tensor]) -> None:
+    def _hold_places(self, stepped: Iterable[Tensor], first: Iterable[Tensor]) -> None:
         """Give parameters that were stepped without a mask, by a checkpoint loader's probe, the keys of one.
 
         torch.distributed.checkpoint loads only keys that it finds after such a step; MADE tells that they hold nothing.
@@ -254,8 +255,8 @@ class SparseSAM(TwoPass):
                 self._masks.put(self, p, torch.zeros_like(p, dtype=torch.bool, requires_grad=False))
             if self.mask == "fisher" and self.update_freq is not None and self._fisher.get(self, p) is None:
                 self._fisher.put(self, p, torch.zeros_like(p, requires_grad=False))
-        self._masks.settle(self, stepped)
-        self._fisher.settle(self, stepped)
+        self._masks.settle(self, first)
+        self._fisher.settle(self, first)
 
     def _start(self, params: Sequence[Tensor], step: int) -> list[Tensor]:
         generator = self._generator(step)

@@ -16,7 +16,7 @@ from wcr_optim.layout import stamp
 from wcr_optim.sharpness.checks import ClosureWatch, check_base, check_rho, gradients, with_gradient
 from wcr_optim.sharpness.memory import copy_, exchange_, exchange_back_, global_norm, norms, scale_
 from wcr_optim.slots import Slot
-from wcr_optim.wrapper import Closure, OptimizerWrapper, check_keeps_state, outside_graphs
+from wcr_optim.wrapper import Closure, OptimizerWrapper, check_keeps_state, outside_graphs, stepped_by
 
 EPS = 1e-12
 PERTURBED = "ssam_perturbed"
@@ -124,10 +124,9 @@ class SSAM(OptimizerWrapper):
     @outside_graphs
     def update(self) -> None:
         """Let the base update the true weights; in a loop without closures, perturb them for the next forward."""
-        # Listed before, since a hook of the base may clear the gradients.
-        stepped = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
         try:
-            super().update()
+            with stepped_by(self) as stepped:
+                super().update()
             self._kept.settle(self, stepped)
             if not self._gathered and self._norm != 0.0:
                 self._perturb()

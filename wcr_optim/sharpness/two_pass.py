@@ -192,6 +192,7 @@ class TwoPass(OptimizerWrapper):
             raise
         return loss
 
+    @outside_graphs
     def first_step(self, zero_grad: bool = False) -> bool:
         """Move the weights by the first pass's gradient.
 
