@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim import lr_scheduler
 
 from wcr_optim import SGD, WCR, AdamW, L1Decay, L2Decay, backends, compiled, fused
-from wcr_optim.sharpness import SAM
+from wcr_optim.sharpness import SAM, SSAM
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -316,6 +316,15 @@ def test_what_the_kernel_cannot_do_is_done_without_it(net_of, backend, cls, opti
     steps(nets[1], unfused(cls, nets[1], **options), range(6))
     assert not opt.base._known
     assert_close(*nets)
+
+
+def test_around_it_ssam_leaves_it_fused_where_a_parameter_is_not_used(net_of, backend):
+    net = net_of()
+    unused = nn.Parameter(torch.ones(4, 4, device=next(net.parameters()).device))
+    opt = AdamW([*net.parameters(), unused], lr=0.01, weight_concentration=0.1, fused=True)
+    opt.backend = backend
+    steps(net, SSAM(opt), range(3))
+    assert opt.base._known
 
 
 @pytest.mark.parametrize("strength", [0.0, 0.1])

@@ -10,6 +10,7 @@ from target_reference import driven, plain_tail, weights_of
 from test_resume import BASES, halves
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.utils.hooks import RemovableHandle
 
 from wcr_optim import SAM, SGD, SSAM, WCR, AdamW, CrAM, Decoupled, HoyerDecay, L1Decay, SparseSAM, penalties
 from wcr_optim.moments import Moments
@@ -207,6 +208,18 @@ def test_gradients_that_a_hook_of_the_base_took_leave_its_state_to_the_base(arou
     assert not base.state[weight], "Adam would take it for a state of its own"
     train(net, optimizer, range(1, 4), closure=True)
     assert {"exp_avg", "exp_avg_sq", "step"} < base.state[weight].keys()
+
+
+@pytest.mark.parametrize("around", [per_unit, SSAM, SparseSAM])
+def test_every_hook_of_the_base_is_called_in_the_first_step(around, monkeypatch):
+    for number in range(3):
+        monkeypatch.setattr(RemovableHandle, "next_id", number)
+        net = small_net()
+        base = torch.optim.SGD(net.parameters(), lr=0.1)
+        calls = []
+        base.register_step_pre_hook(lambda *_: calls.append(1))  # noqa: B023
+        train(net, around(base), range(2), closure=True)
+        assert len(calls) == 2
 
 
 @pytest.mark.parametrize("clears", [False, True])

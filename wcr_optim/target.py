@@ -544,7 +544,6 @@ class SparsityTarget:
         missed = [loop for loop in measured if not loop.tail <= 1.5 * self.tail_energy]
         if not missed:
             return
-        worst = max(missed, key=lambda loop: loop.tail)
         if not any(self._layers(loop) for loop in missed):
             warnings.warn(
                 "no weight of the driven groups was trained, so that none was driven; check requires_grad, and that "
@@ -552,9 +551,9 @@ class SparsityTarget:
                 stacklevel=3,
             )
             return
+        worst = max(missed, key=lambda loop: loop.tail)
         short = "the run was too short for the strength to get there"
-        no_lr = "its learning rate was 0 at every measurement"
-        why = worst.obstacle or (short if worst.has_begun else no_lr)
+        why = worst.obstacle or (short if worst.has_begun else "its learning rate was 0 at every measurement")
         warnings.warn(
             f"pruning at sparsity {self.sparsity:g} would still take {worst.tail:.3g} of the weights' energy, wanted "
             f"{self.tail_energy:g}: {why}. Ask for less sparsity, train longer, allow more dense cost, or drive "

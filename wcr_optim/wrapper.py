@@ -477,16 +477,21 @@ def stepped_by(optimizer: Optimizer) -> Iterator[list[Tensor]]:
     Those are they that have a gradient when its step begins: hooks before it may have taken some, and hooks after it
     may clear all.
     """
-    params = [p for group in optimizer.param_groups for p in group["params"] if not optimizer.state.get(p)]
+    params = [
+        p
+        for group in optimizer.param_groups
+        for p in group["params"]
+        if p.grad is not None and not optimizer.state.get(p)
+    ]
     stepped: list[Tensor] = []
-    if not params:
+    if not params:  # as after the first step: a fused base does not fuse where there are hooks
         yield stepped
         return
     inner = innermost(optimizer)
     hooks = inner._optimizer_step_pre_hooks
     # In a copy, since a hook may remove itself, which torch's iteration over them bears in the last of them alone.
     inner._optimizer_step_pre_hooks = OrderedDict(hooks)
-    inner._optimizer_step_pre_hooks[len(hooks)] = lambda *_: stepped.extend(p for p in params if p.grad is not None)
+    inner._optimizer_step_pre_hooks[object()] = lambda *_: stepped.extend(p for p in params if p.grad is not None)
     try:
         yield stepped
     finally:
