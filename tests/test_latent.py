@@ -222,6 +222,21 @@ def test_every_hook_of_the_base_is_called_in_the_first_step(around, monkeypatch)
         assert len(calls) == 2
 
 
+@pytest.mark.parametrize("around", [lambda base: base, per_unit, SSAM, SparseSAM])
+def test_a_hook_that_the_first_step_registers_stays(around):
+    net = small_net()
+    base = torch.optim.SGD(net.parameters(), lr=0.1)
+    calls = []
+
+    def register(*_):
+        once.remove()
+        base.register_step_pre_hook(lambda *_: calls.append(1))
+
+    once = base.register_step_post_hook(register)
+    train(net, around(base), range(3), closure=True)
+    assert len(calls) == 2
+
+
 @pytest.mark.parametrize("clears", [False, True])
 @pytest.mark.parametrize(
     "around",

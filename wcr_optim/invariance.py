@@ -124,7 +124,7 @@ def _products(w: Tensor) -> Tensor:
     at_once = rows_at_once(both[0])
     for rows, of_gradient in zip(*(torch.split(x, at_once) for x in both), strict=True):
         x, g = (piece.to(compute_dtype(piece)).flatten(1) for piece in (rows, of_gradient))
-        result.append(torch.stack([torch.linalg.vecdot(x, g), torch.linalg.vecdot(g, g)], dim=1))
+        result.append(torch.stack([(x * g).sum(1), (g * g).sum(1)], dim=1))
     return torch.cat(result).to(accumulator(part.device))
 
 

@@ -242,8 +242,9 @@ class SparsityTarget:
         """Take note of one step of the optimizer; call it after each `optimizer.step()`.
 
         Args:
-            loss: The step's training loss, one number; a tensor on a device is not waited for. Without it there is no
-                guard on the loss, and exponents of the lr above 1/2 count as 1/2 (default: None).
+            loss: The step's training loss, one number, lower is better: minus the objective of a base that maximizes
+                one. A tensor on a device is not waited for. Without it there is no guard on the loss, and exponents of
+                the lr above 1/2 count as 1/2 (default: None).
 
         Raises:
             ValueError: If the loss is missing and max_dense_cost needs it, or is not one number.

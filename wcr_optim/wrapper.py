@@ -491,7 +491,12 @@ def stepped_by(optimizer: Optimizer) -> Iterator[list[Tensor]]:
     hooks = inner._optimizer_step_pre_hooks
     # In a copy, since a hook may remove itself, which torch's iteration over them bears in the last of them alone.
     inner._optimizer_step_pre_hooks = OrderedDict(hooks)
-    inner._optimizer_step_pre_hooks[object()] = lambda *_: stepped.extend(p for p in params if p.grad is not None)
+
+    def note(*_: Any) -> None:
+        stepped.extend(p for p in params if p.grad is not None)
+        inner._optimizer_step_pre_hooks = hooks  # at once: what the step or a hook after it registers shall stay
+
+    inner._optimizer_step_pre_hooks[object()] = note
     try:
         yield stepped
     finally:

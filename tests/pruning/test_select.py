@@ -133,6 +133,18 @@ def test_random_masks_have_the_same_counts_and_are_reproducible():
     assert torch.equal(state, torch.get_rng_state())
 
 
+def test_masks_do_not_depend_on_torchs_defaults(set_default):
+    model = nn.Sequential(nn.Linear(40, 30), nn.Linear(30, 20))
+    found = []
+    for prepare in (lambda: None, set_default):
+        prepare()
+        masks = [random_masks(model, 0.9), magnitude_masks(model, 0.9), n_m_masks(model)]
+        found.append([dict(each.items()) for each in masks])
+    for one, other in zip(*found, strict=True):
+        assert one.keys() == other.keys()
+        assert all(torch.equal(one[name], other[name]) for name in one)
+
+
 def test_random_masks_do_not_look_at_the_weights():
     model = nn.Linear(100, 100)
     keep = random_masks(model, 0.5)["weight"]

@@ -1,6 +1,7 @@
 """With penalties in either order, with LR schedulers on any level, as an optimizer among torch's."""
 
 import copy
+import functools
 import io
 import pickle
 import warnings
@@ -8,7 +9,18 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from sharpness_reference import OPTIMIZERS, TWO_PASS, assert_close, base_of, closure_of, groups, net, train
+from sharpness_reference import (
+    OPTIMIZERS,
+    TWO_PASS,
+    assert_close,
+    base_of,
+    batch,
+    closure_of,
+    groups,
+    loss_of,
+    net,
+    train,
+)
 from torch.optim import lr_scheduler
 
 from wcr_optim import WCR, HoyerDecay, L2Decay
@@ -346,3 +358,76 @@ def test_concentration_is_that_of_the_true_weights(order):
     weights = [p for p in model.parameters() if p.ndim > 1]
     there = torch.stack([1 - w.detach().abs().mean().square() / w.detach().square().mean() for w in weights])
     assert not torch.allclose(found.double(), there.double(), rtol=1e-3)
+
+
+@pytest.mark.parametrize("closure", [True, False])
+@pytest.mark.parametrize("name", [*ALL, "asam"])
+def test_what_a_base_maximizes_is_perturbed_downhill(name, closure):
+    """The perturbation looks for the worst neighbour: f minimized is -f maximized, in one group or in all."""
+    make = functools.partial(SAM, adaptive=True) if name == "asam" else OPTIMIZERS[name]
+
+    def trained(sign, maximize):
+        model = net()
+        given = [{**group, "maximize": at} for group, at in zip(groups(model), maximize, strict=True)]
+        optimizer = make(base_of(given))
+        for step in range(5):
+
+            def evaluate(step=step):
+                optimizer.zero_grad()
+                loss = sign * loss_of(model, step)
+                loss.backward()
+                for group in optimizer.param_groups:  # a group that maximizes has the gradient of what it maximizes
+                    for p in group["params"]:
+                        if group["maximize"] != (sign < 0):
+                            p.grad.neg_()
+                return loss
+
+            if closure:
+                optimizer.step(evaluate)
+            else:
+                evaluate()
+                if name != "ssam":
+                    optimizer.first_step()
+                    evaluate()
+                    optimizer.second_step()
+                else:
+                    optimizer.step()
+        return model
+
+    plain = trained(1.0, (False, False, False))
+    assert_equal(trained(-1.0, (True, True, True)), plain)
+    assert_equal(trained(1.0, (False, True, False)), plain)
+
+
+@pytest.mark.parametrize("closure", [True, False])
+def test_ssam_keeps_the_true_weights_of_a_model_that_is_cast_in_its_new_precision(closure):
+    models = []
+    for wrap in (lambda base: base, lambda base: SSAM(base, rho=0.0)):
+        model = net(torch.bfloat16)
+        optimizer = wrap(torch.optim.SGD(model.parameters(), lr=1e-3))
+        train(model, optimizer, [0], closure)
+        for change in (getattr(optimizer, "eval", int), model.float, getattr(optimizer, "train", int)):
+            change()
+        train(model, optimizer, range(1, 6), closure)
+        getattr(optimizer, "eval", int)()
+        models.append(model)
+    assert_equal(*models)
+
+
+def test_dynamic_masks_do_not_depend_on_torchs_defaults(set_default):
+    models = []
+    for prepare in (lambda: None, set_default):
+        model, batches = net(), [batch(step) for step in range(5)]
+        prepare()
+        optimizer = SparseSAM(torch.optim.SGD(model.parameters(), lr=0.05), mask="dynamic", update_freq=2)
+        for x, y in batches:
+
+            def closure(model=model, optimizer=optimizer, x=x, y=y):
+                optimizer.zero_grad()
+                loss = (model(x) - y).square().mean()
+                loss.backward()
+                return loss
+
+            optimizer.step(closure)
+        models.append(model)
+    assert_equal(*models)

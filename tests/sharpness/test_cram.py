@@ -219,3 +219,24 @@ def test_complex_parameters_are_refused_early():
         with pytest.raises(TypeError, match=r"torch\.complex64"):
             named.add_param_group({"params": [("phases", phases)]})
     SparseSAM(torch.optim.SGD([phases], lr=0.1), mask="dynamic")
+
+
+def test_gradients_of_another_dtype_than_their_parameter():
+    layers = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)]).bfloat16()
+    for p in layers.parameters():
+        p.grad_dtype = torch.float32
+    optimizer, passes = CrAM(torch.optim.SGD(layers.parameters(), lr=0.1)), []
+    x = torch.ones(2, 4, dtype=torch.bfloat16)
+
+    def closure():
+        optimizer.zero_grad()
+        used = layers[:1] if passes else layers  # the second only by the first pass
+        passes.append(1)
+        loss = sum(layer(x).float().sum() for layer in used)
+        loss.backward()
+        return loss
+
+    before = layers[1].weight.detach().clone()
+    optimizer.step(closure)
+    assert len(passes) == 2
+    assert not torch.equal(layers[1].weight, before)

@@ -299,7 +299,7 @@ class RankSearch:
                 result.append(Cut(math.inf, pruned, 0, 0, 0, self.dtype))
                 continue
             bits, ties, ties_pruned = self._found[pruned]
-            threshold = torch.tensor(bits, dtype=self._key.torch).view(self.dtype).item()
+            threshold = torch.tensor(bits, dtype=self._key.torch, device="cpu").view(self.dtype).item()
             result.append(Cut(threshold, pruned, self._total - pruned, ties, ties - ties_pruned, self.dtype))
         return result
 

@@ -137,7 +137,7 @@ def random_masks(
     def noise() -> Iterator[tuple[str, Tensor]]:
         generator = torch.Generator().manual_seed(seed)
         for name, shape in shapes.items():
-            yield name, torch.rand(shape, generator=generator)
+            yield name, torch.rand(shape, generator=generator, dtype=torch.float32, device="cpu")
 
     return stream_masks(noise, sparsity, scope)
 
@@ -175,7 +175,7 @@ def n_m_masks(
         raise ValueError(f"an N:M pattern needs 0 <= n <= m and m >= 1, got {n}:{m}")
     model = unwrapped(model)
     weights = selected(model, exclude, include)
-    layouts = {name: _input_dimension(model, name, tensor) for name, tensor in weights.items()}
+    layouts = {name: input_dimension(model, name, tensor) for name, tensor in weights.items()}
     fitting = [name for name, (dim, groups) in layouts.items() if weights[name].shape[dim] // groups % m == 0]
     if not fitting:
         sizes = {name: weights[name].shape[dim] for name, (dim, _) in list(layouts.items())[:3]}
@@ -186,7 +186,7 @@ def n_m_masks(
             if name in fitting and tensor.numel():
                 yield chunks(_n_of_m(name, whole(tensor), layouts[name][0], n, m))
             else:
-                yield chunks(torch.ones(tensor.shape, dtype=torch.bool))
+                yield chunks(torch.ones(tensor.shape, dtype=torch.bool, device="cpu"))
 
     return Masks.from_chunks(_shapes(weights), marked())
 
@@ -226,7 +226,7 @@ def _shapes(weights: Mapping[str, Tensor]) -> dict[str, torch.Size]:
     return {name: tensor.shape for name, tensor in weights.items()}
 
 
-def _input_dimension(model: nn.Module, name: str, weight: Tensor) -> tuple[int, int]:
+def input_dimension(model: nn.Module, name: str, weight: Tensor) -> tuple[int, int]:
     """Return the dimension that a layer sums over, and the number of groups that lie along it."""
     owner = model.get_submodule(name.rpartition(".")[0])
     if isinstance(owner, _ConvTransposeNd):
@@ -256,5 +256,5 @@ def _n_of_m(name: str, weight: Tensor, dim: int, n: int, m: int) -> Tensor:
         group = bits.reshape(-1, m).T
         for place, values in enumerate(group):
             ahead = (group[:place] >= values).sum(0) + (group[place + 1 :] > values).sum(0)
-            marks.view(-1, m)[:, place] = torch.as_tensor(ahead < n)
+            marks.view(-1, m)[:, place] = torch.as_tensor(ahead < n, device=part.device)
     return keep.movedim(-1, dim)

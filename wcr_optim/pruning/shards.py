@@ -92,7 +92,7 @@ def find_sharded_cuts(tensors: Mapping[str, Tensor], sparsities: Sequence[float]
                 search.count(name, part)
         except ValueError as found:
             error = found  # raised on all ranks together: the others would wait for this one for ever
-        failed = torch.tensor([[0]]) if error is None else torch.tensor([[1]])
+        failed = torch.tensor([[int(error is not None)]], device="cpu")
         _add_up(failed, mesh)
         if failed.item():
             raise error or ValueError("another rank's part of the weights holds NaN, which has no rank")

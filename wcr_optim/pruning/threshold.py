@@ -79,12 +79,12 @@ class Keeper:
     def __init__(self, cut: Cut) -> None:
         self.cut = cut
         self._ties_left = cut.ties_kept
-        self._threshold = int(torch.tensor(cut.threshold, dtype=cut.dtype).view(KEYS[cut.dtype].torch))
+        self._threshold = int(torch.tensor(cut.threshold, dtype=cut.dtype, device="cpu").view(KEYS[cut.dtype].torch))
 
     def __call__(self, tensor: Tensor) -> Iterator[Tensor]:
         """Yield the mask of the tensor's weights in row-major order, in flat chunks, True where kept."""
         for chunk in chunks(tensor):
-            yield torch.as_tensor(self._keep(magnitude_bits(chunk, self.cut.dtype)))
+            yield torch.as_tensor(self._keep(magnitude_bits(chunk, self.cut.dtype)), device=chunk.device)
 
     def _keep(self, bits: Bits) -> Any:
         if self.cut.kept == 0:

@@ -126,6 +126,11 @@ class ClosureWatch:
         )
 
 
+def uphill(group: Mapping[str, Any]) -> float:
+    """Return the sign that turns a group's gradients towards a worse objective: the base may maximize it."""
+    return -1.0 if group.get("maximize") else 1.0
+
+
 def gradients(params: Sequence[Tensor]) -> list[Tensor]:
     """Return the gradients of parameters that have one."""
     return [p.grad for p in params if p.grad is not None]

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from wcr_optim.checks import check_count, check_share, check_whole
 from wcr_optim.layout import local
 from wcr_optim.pruning.threshold import keep_masks, pruned_count
-from wcr_optim.sharpness.checks import refuse_complex
+from wcr_optim.sharpness.checks import refuse_complex, uphill
 from wcr_optim.sharpness.guards import RunningStatistics
 from wcr_optim.sharpness.memory import add_
 from wcr_optim.sharpness.two_pass import TwoPass
@@ -195,12 +195,12 @@ class SparseSAM(TwoPass):
     def _perturb(self, params: Sequence[Sequence[Tensor]], norm: float, scale: float) -> None:
         self._prepare(scale)
         for group, members in zip(self.param_groups, params, strict=True):
-            length = float(group["rho"]) / ((norm + EPS) * scale)
+            length = uphill(group) * float(group["rho"]) / ((norm + EPS) * scale)
             for p in members:
                 mask = self._next_masks.get(p)
                 if mask is None and (saved := self._masks.get(self, p)) is not None:
                     mask = local(saved)
-                if mask is not None and p.grad is not None and length > 0.0:
+                if mask is not None and p.grad is not None and length != 0.0:
                     add_([p], [local(p.grad) * mask], length)
 
     def _prepare(self, scale: float) -> None:
@@ -260,7 +260,7 @@ class SparseSAM(TwoPass):
 
     def _start(self, params: Sequence[Tensor], step: int) -> list[Tensor]:
         generator = self._generator(step)
-        scores = [torch.rand(local(p).shape, generator=generator, device="cpu").to(local(p).device) for p in params]
+        scores = [_drawn(local(p).shape, generator).to(local(p).device) for p in params]
         return _keep_largest(scores, self.sparsity)
 
     def _evolve(self, params: Sequence[Tensor], step: int) -> list[Tensor]:
@@ -276,7 +276,7 @@ class SparseSAM(TwoPass):
         # No more than leaves enough others to take: layers may have come, and the sparsity may be another.
         dropped = max(min(int(self._drop_share(step) * live), total - wanted), live - wanted)
         generator = self._generator(step)
-        noise = [torch.rand(int((~mask).sum()), generator=generator, device="cpu").to(mask.device) for mask in masks]
+        noise = [_drawn((int((~mask).sum()),), generator).to(mask.device) for mask in masks]
         gradients = [torch.zeros_like(local(p)) if p.grad is None else local(p.grad) for p in params]
         kept = _keep_largest([g[mask].abs() for g, mask in zip(gradients, masks, strict=True)], dropped / max(live, 1))
         grown = _keep_largest(noise, 1.0 - (wanted - (live - dropped)) / max(total - live, 1))
@@ -338,3 +338,8 @@ def _keep_largest(scores: Sequence[Tensor], sparsity: float) -> list[Tensor]:
     """Mark all but the share `sparsity` of scores of smallest magnitude, over all tensors together."""
     named: Mapping[str, Tensor] = {str(index): score for index, score in enumerate(scores)}
     return list(keep_masks(named, sparsity).values())
+
+
+def _drawn(shape: Sequence[int], generator: torch.Generator) -> Tensor:
+    """Draw numbers in [0, 1), the same whatever torch's default dtype and device are."""
+    return torch.rand(shape, generator=generator, dtype=torch.float32, device="cpu")

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from wcr_optim.layout import stamp
-from wcr_optim.sharpness.checks import ClosureWatch, check_base, check_rho, gradients, with_gradient
+from wcr_optim.sharpness.checks import ClosureWatch, check_base, check_rho, gradients, uphill, with_gradient
 from wcr_optim.sharpness.memory import copy_, exchange_, exchange_back_, global_norm, norms, scale_
 from wcr_optim.slots import Slot
 from wcr_optim.wrapper import Closure, OptimizerWrapper, check_keeps_state, outside_graphs, stepped_by
@@ -232,7 +232,7 @@ class SSAM(OptimizerWrapper):
         self._forget(perturbed, buffers)  # until they hold the new perturbation: an interruption finds none
         self._stamps.clear()
         for group, params in zip(self.param_groups, members, strict=True):
-            length = float(group["rho"]) / (norm + EPS)
+            length = uphill(group) * float(group["rho"]) / (norm + EPS)
             perturbations = [_buffer(buffers[p], p) for p in params]
             scale_(perturbations, gradients(params), length)
             for p, perturbation in zip(params, perturbations, strict=True):
@@ -244,8 +244,15 @@ class SSAM(OptimizerWrapper):
 
     def _kept_by(self, groups: Sequence[Mapping[str, Any]]) -> tuple[list[Tensor], list[Tensor]]:
         """Return the parameters of these groups for which something is kept, and what that is."""
-        pairs = [(p, self._kept.get(self, p)) for group in groups for p in group["params"]]
-        found = [(p, kept) for p, kept in pairs if kept is not None]
+        found = []
+        for p in (p for group in groups for p in group["params"]):
+            kept = self._kept.get(self, p)
+            if kept is None:
+                continue
+            if kept.dtype != p.dtype:  # the model was cast since, and what is exchanged with it has its precision
+                kept = kept.to(p.dtype)
+                self._kept.put(self, p, kept)
+            found.append((p, kept))
         return [p for p, _ in found], [kept for _, kept in found]
 
     def _adopt(self, groups: Sequence[Mapping[str, Any]], quietly: bool = False) -> None:
@@ -288,4 +295,4 @@ class SSAM(OptimizerWrapper):
 
 def _buffer(present: Tensor | None, p: Tensor) -> Tensor:
     """Return memory for a tensor like p."""
-    return torch.empty_like(p, requires_grad=False) if present is None else present
+    return torch.empty_like(p, requires_grad=False) if present is None or present.dtype != p.dtype else present
