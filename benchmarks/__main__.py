@@ -16,7 +16,7 @@ BENCHMARKS = {
     "segmentation": "all methods on segmentation: mosaics of textures and stained tissue",
     "ablations": "what each part of the method is worth",
     "convergence": "the gradient's norm over training with and without a penalty",
-    "report": "tables and pictures of the stored results of these three",
+    "report": "tables and pictures of the stored results of vision, language and segmentation",
     "overhead": "what a penalty adds to an optimizer's step, around it and inside it",
     "scaling": "what a step costs at large sizes: collectives counted, steps measured, large runs modelled",
     "sharpness-cost": "a training step of SAM and SSAM against their base's",

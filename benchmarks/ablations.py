@@ -69,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--jobs", type=arguments.count, default=2, help="runs at a time (default: 2)")
     parser.add_argument("--device", type=arguments.device, default="cpu", help="cpu or cuda (default: cpu)")
     parser.add_argument("--output", type=Path, default=Path("docs/results"), help="folder (default: docs/results)")
-    parser.add_argument("--page", type=Path, default=Path("docs/results.md"), help="page whose tables are renewed")
+    parser.add_argument("--page", type=Path, help="page whose tables are renewed (default: docs/results.md)")
     o = parser.parse_args(argv)
     results = runner.Results(o.output / "ablations.csv", COLUMNS, KEY, NUMBERS)
     try:
@@ -77,9 +77,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             known = tasks.task(task).lr
             if o.base not in known:
                 raise ValueError(f"task {task} has no setting for --base {o.base}; it has {', '.join(known)}")
+        if o.page is not None and not o.page.is_file():
+            raise ValueError(f"there is no page {o.page} to renew")
+        arguments.prepare_folders(o.output)
         check_data(o.tasks, results.read(), o.device)
     except (ValueError, OSError, ImportError) as error:
         parser.error(str(error))
+    path = o.page or Path("docs/results.md")
     work = functools.partial(_run, o.device)
     variants = list(dict.fromkeys((penalty, options) for rows in VARIANTS.values() for _, penalty, options in rows))
     for task in o.tasks:
@@ -103,9 +107,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         runner.run_missing(work, tested, steps_of, results, o.jobs, ready)
         text = report(_of_length(results, o.steps), task, o.base)
         print(text)
-        if o.page.exists() and not o.steps:
-            page = filled(o.page.read_text(encoding="utf-8"), f"ablations {task}", text)
-            with written_whole(o.page) as temporary:
+        if path.exists() and not o.steps:
+            first = next(iter(tasks.task(task).lr))  # which the tables without a base's name are of
+            name = f"ablations {task}" if o.base == first else f"ablations {task} {o.base}"
+            page = filled(path.read_text(encoding="utf-8"), name, text)
+            with written_whole(path) as temporary:
                 temporary.write_text(page, encoding="utf-8")
     return 0
 
@@ -144,4 +150,5 @@ def _cell(rows: tuning.Rows, task: str, method: str, options: str, goal: float) 
     if not found.values:
         return f"diverged at {found.strength:g}"
     failed = f", {found.failed} of {found.failed + len(found.values)} diverged" if found.failed else ""
-    return f"{ways.mean_text(found.values)} ({found.dense_mean:.1f}) at {found.strength:g}{failed}"
+    places = tasks.task(task).places
+    return f"{ways.mean_text(found.values, places)} ({found.dense_mean:.{places}f}) at {found.strength:g}{failed}"

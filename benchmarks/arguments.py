@@ -24,6 +24,15 @@ def prepare_for_pictures(*folders: Path) -> None:
     """
     if find_spec("matplotlib") is None:
         raise ImportError("the pictures at the end need matplotlib: pip install 'wcr_optim[bench]'")
+    prepare_folders(*folders)
+
+
+def prepare_folders(*folders: Path) -> None:
+    """Make sure before a command's work that it can write into folders after it.
+
+    Raises:
+        OSError: If one of them cannot be made or written to.
+    """
     for folder in folders:
         folder.mkdir(parents=True, exist_ok=True)
         with TemporaryFile(dir=folder):

@@ -69,9 +69,37 @@ OURS = ("wcr", "scale_free", "relative", "per_unit", *DRIVEN)
 PRUNING = ("random", "gradual")
 """Other ways to prune than once by magnitude: at random, or step by step during training (not one-shot)."""
 
+LAYERS = ("weights", "inner", "all")
+"""What a penalty reaches: the weights that are pruned; those but the first and the last; biases and norms too."""
+
 OPTION = {"l1": "l1_decay", "l2": "l2_decay", "hoyer": "hoyer_decay"}
 RHO = {"sam": 0.05, "asam": 0.5, "ssam": 0.05, "sparse_sam": 0.05, "cram": 0.05}
 """The authors' defaults."""
+
+LOWEST: dict[str, dict[str, float]] = {
+    "sgd": {
+        "l1": 1e-4,
+        "l2": 1e-4,
+        "hoyer": 1e-4,
+        "wcr": 3e-4,
+        "scale_free": 1e-4,
+        "relative": 1e-1,
+        "per_unit": 1e-5,
+        "prox": 3e-5,
+    },
+    "adamw": {
+        "l1": 1e-3,
+        "l2": 1e-2,
+        "hoyer": 1e-3,
+        "wcr": 1e-2,
+        "scale_free": 1e-3,
+        "relative": 3e-1,
+        "per_unit": 1e-4,
+        "prox": 3e-3,
+    },
+}
+"""Where the grid of each penalty's strength begins: so that the best one lies inside on the digits, at REFERENCE_LR."""
+REFERENCE_LR = {"sgd": 0.1, "adamw": 1e-3}
 
 LABELS = {
     "sgd": "SGD",
@@ -198,9 +226,11 @@ class Method:
             strength: Of the penalty (default: 0.0)
             rho: Of the sharpness-aware method; 0 stands for its authors' default (default: 0.0)
             exclude: What is not pruned, and gets neither decay nor penalty (default: ())
-            layers: Which parameters the penalty reaches: "weights", those that are pruned; "inner", all of them but
-                the first and the last; "all", biases and norms too (default: "weights")
+            layers: Which parameters the penalty reaches, one of LAYERS (default: "weights")
         """
+        strength = (
+            1.0 if self.is_driven else strength
+        )  # the ratio between groups is all that SparsityTarget keeps of it
         groups = param_groups(model, weight_decay=weight_decay, weight_concentration=strength, exclude=exclude)
         if layers == "inner":
             groups = _inner(groups)
@@ -213,8 +243,6 @@ class Method:
                 group[OPTION.get(self.penalty, "weight_concentration")] = strength if reached else 0.0
                 if layers == "all":
                     group["min_ndim"] = 1
-        if self.is_driven:
-            groups[0]["weight_concentration"] = 1.0  # the ratio between groups is all that SparsityTarget keeps of it
         optimizer = BASES[self.base](groups, lr)
         if self.penalty == "prox":
             return _prox(optimizer, strength)

@@ -186,7 +186,8 @@ def _table(rows: Rows, task: str, laid_out: Cells) -> str:
     for (method, search), row in laid_out.items():
         if not any(row):
             continue
-        texts = [_cell_text(kind, found, top) for found, top in zip(row, best, strict=True)]
+        tops = best if Method.of(method).pruning is None else [None] * len(best)  # yardsticks are not compared
+        texts = [_cell_text(kind, found, top) for found, top in zip(row, tops, strict=True)]
         lines.append(f"| {_label(rows, task, method, search)} | " + " | ".join([*texts, *_costs(row)]) + " |")
     return "\n".join(lines)
 
@@ -370,11 +371,12 @@ def summary(rows: Rows) -> dict[str, Any]:
 
 
 def draw(rows: Rows, task: str, folder: Path) -> None:
-    """Draw a task's metric over sparsity, and what each strength costs dense against what it keeps."""
+    """Draw a task's metric over sparsity and over strength, and what strengths cost dense against what they keep."""
     kind = tasks.task(task)
     goal = kind.middle
     curves: dict[str, dict[str | None, list[tuple[float, float]]]] = {}
-    tradeoffs: dict[str, list[tuple[float, float]]] = {}
+    tradeoffs: dict[str | None, list[tuple[float, float]]] = {}
+    searches: dict[str, dict[float, dict[float, float]]] = {}
     for method in tested(rows, task):
         parts = Method.of(method)
         if parts.sharpness is not None or parts.pruning == "random" or parts.penalty == "l2":
@@ -394,30 +396,75 @@ def draw(rows: Rows, task: str, folder: Path) -> None:
             best = kind.best(at[0.0] for at in means.values())
             rising = [means[setting] for setting in sorted(means)]  # by strength, or by what was told
             near = [at for at in rising if abs(at[0.0] - best) <= SHOWN * kind.tolerance]
-            tradeoffs[parts.label] = [(at[0.0], at[goal]) for at in near]
+            tradeoffs[parts.penalty] = [(at[0.0], at[goal]) for at in near]
+            if parts.penalty is not None and not parts.is_driven:
+                searches[parts.label] = {setting[0]: means[setting] for setting in sorted(means)}
+    # Penalties that a picture lacks keep their place in it, so that the others have the same colour in all.
+    shown = {*tradeoffs, *(penalty for of_base in curves.values() for penalty in of_base)}
+    penalties = [penalty for penalty in (None, *PENALTIES, "prox") if penalty in shown]
+    name = kind.metric.replace("_", " ")
     if curves:
-        _draw_bases(curves, folder / f"{task}.png", kind.metric.replace("_", " "))
+        _draw_bases(curves, penalties, folder / f"{task}.png", name)
     if tradeoffs:
-        name = kind.metric.replace("_", " ")
-        plots.trade_off(
-            tradeoffs, folder / f"{task}_tradeoff.png", xlabel=f"{name}, dense", ylabel=f"{name} at {goal:.0%}"
-        )
+        base = next(iter(kind.lr))
+        pairs = {
+            Method(base, penalty=penalty).label if penalty in tradeoffs else f"_{penalty}": tradeoffs.get(
+                penalty, [(math.nan, math.nan)]
+            )
+            for penalty in penalties
+        }  # what begins with an underscore is not in the legend
+        plots.trade_off(pairs, folder / f"{task}_tradeoff.png", xlabel=f"{name}, dense", ylabel=f"{name} at {goal:.0%}")
+    if searches:
+        _draw_searches(searches, (0.0, *kind.goals), folder / f"{task}_strengths.png", name)
+
+
+def _draw_searches(
+    searches: Mapping[str, Mapping[float, Mapping[float, float]]],
+    sparsities: Sequence[float],
+    path: Path,
+    ylabel: str,
+) -> None:
+    """Draw a panel for each penalty: the metric over strength on the validation split, a curve for each sparsity."""
+    from matplotlib import colormaps
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    columns = min(3, len(searches))
+    rows = math.ceil(len(searches) / columns)
+    figure = Figure(figsize=(2.8 * columns + 1.0, 2.2 * rows + 0.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(rows, columns, sharey=True, squeeze=False).flatten()
+    for ax in panels[len(searches) :]:
+        ax.axis("off")
+    colours = colormaps["viridis"]([0.9 * k / (len(sparsities) - 1) for k in range(len(sparsities))])
+    for ax, (label, means) in zip(panels, searches.items(), strict=False):
+        for sparsity, colour in zip(sparsities, colours, strict=True):
+            values = [at.get(sparsity, math.nan) for at in means.values()]
+            ax.plot(list(means), values, "o-", color=colour, markersize=3, linewidth=1, label=f"{100 * sparsity:g} %")
+        ax.set_xscale("log")
+        ax.set_title(label, fontsize="medium")
+        ax.grid(alpha=0.3)
+    figure.supylabel(ylabel, fontsize="medium")
+    figure.supxlabel("strength", fontsize="medium")
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, ["dense", *labels[1:]], frameon=False, fontsize="small", loc="outside right center")
+    figure.savefig(path, dpi=130)
 
 
 def _draw_bases(
-    curves: Mapping[str, Mapping[str | None, Sequence[tuple[float, float]]]], path: Path, ylabel: str
+    curves: Mapping[str, Mapping[str | None, Sequence[tuple[float, float]]]],
+    penalties: Sequence[str | None],
+    path: Path,
+    ylabel: str,
 ) -> None:
     """Draw a panel for each base, in which a penalty has the same colour."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    known = (None, *PENALTIES, "prox")
-    penalties = [penalty for penalty in known if any(penalty in of_base for of_base in curves.values())]
     figure = Figure(figsize=(4.6 * len(curves) + 1.8, 4.0), layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(1, len(curves), sharey=True, squeeze=False)[0]
     for ax, (base, of_base) in zip(panels, curves.items(), strict=True):
-        # Penalties that a base lacks keep their place, so that the others keep their colours.
         drawn = {penalty_label(penalty): of_base.get(penalty, [(0.0, math.nan)]) for penalty in penalties}
         plots.sparsity_accuracy(drawn, ax=ax, ylabel=ylabel)
         ax.label_outer()
@@ -433,12 +480,7 @@ def write(rows: Rows, folder: Path, suite: str) -> None:
 
     Left out, and told, are tasks that cannot be loaded, such as those of a folder of one's own that is elsewhere now.
     """
-    for task in dict.fromkeys(row["task"] for row in rows):
-        try:
-            tasks.task(task)
-        except (OSError, ImportError, ValueError) as error:
-            print(f"{task}: left out of {folder / suite}.md and {suite}.json, as it cannot be loaded: {error}")
-            rows = [row for row in rows if row["task"] != task]
+    rows = _loaded(rows, f"{folder / suite}.md and {suite}.json")
     names = [task for task in dict.fromkeys(row["task"] for row in rows) if tested(rows, task)]
     text = "\n\n".join(f"## {task}\n\n{section(rows, task)}" for task in names)
     with written_whole(folder / f"{suite}.md") as temporary:
@@ -447,6 +489,17 @@ def write(rows: Rows, folder: Path, suite: str) -> None:
         temporary.write_text(json.dumps(summary(rows), indent=1) + "\n", encoding="utf-8")
     for task in names:
         draw([row for row in rows if row["task"] == task], task, folder)
+
+
+def _loaded(rows: Rows, where: str) -> Rows:
+    """Leave out, and tell, the rows of tasks that cannot be loaded here."""
+    for task in dict.fromkeys(row["task"] for row in rows):
+        try:
+            tasks.task(task)
+        except (OSError, ImportError, ValueError) as error:
+            print(f"{task}: left out of {where}, as it cannot be loaded: {error}")
+            rows = [row for row in rows if row["task"] != task]
+    return rows
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -462,16 +515,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         rows = stored(o.results)
     except (ValueError, OSError, ImportError) as error:
         parser.error(str(error))
-    missing = [suite for suite in SUITES if not (o.results / f"{suite}.csv").exists()]
-    if missing:
-        parser.error(
-            f"{o.results} has no {missing[0]}.csv, and the tables of its tasks would be emptied: run that suite with "
-            f"--output {o.results}, or name the folder that has them all"
-        )
     for path in (o.page, o.readme):
         if not path.is_file():
             parser.error(f"there is no page {path} to renew")
-    page = filled(o.page.read_text(encoding="utf-8"), "brief", brief(rows))
+    page = o.page.read_text(encoding="utf-8")
+    missing = {name for name in _tables(page) if name in tasks.names()} - {row["task"] for row in rows}
+    if missing:
+        parser.error(
+            f"{o.results} has no runs of full length of task {min(missing)}, which {o.page} has a table of: it would "
+            f"vanish from the tables of all tasks; run it with --full --output {o.results}, or name the folder that "
+            "has them all"
+        )
+    rows = _loaded(rows, f"{o.page} and {o.readme}")
+    page = filled(page, "brief", brief(rows))
     page = filled(page, "kept", ways.kept(rows))
     for task in dict.fromkeys(row["task"] for row in rows):
         of_task = [row for row in rows if row["task"] == task]
@@ -492,6 +548,11 @@ def stored(folder: Path) -> Rows:
         for suite in SUITES
         for row in tuning.of_run(runner.Results(folder / f"{suite}.csv", COLUMNS, KEY, NUMBERS).read(), {})
     ]
+
+
+def _tables(page: str) -> list[str]:
+    """Return the names between whose markers a page has tables."""
+    return re.findall(r"<!-- table: (.*?) -->", page)
 
 
 def filled(page: str, name: str, text: str) -> str:

@@ -237,8 +237,8 @@ def run_missing(
         prepare: Called once, if anything is to run: what all of them need, done by this process with all cores rather
             than by each of the others with one (default: nothing)
     """
-    held = results.keys()
-    missing = list(dict.fromkeys(trial for trial in trials if trial.key not in held))
+    held, trials = results.keys(), list(dict.fromkeys(trials))
+    missing = [trial for trial in trials if trial.key not in held]
     print(f"{len(trials) - len(missing)} of {len(trials)} runs are in {results.path} already", flush=True)
     if not missing:
         return

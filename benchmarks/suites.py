@@ -17,6 +17,7 @@ import functools
 import math
 import os
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ from benchmarks.trials import (
     OF_RUNS,
     Trial,
     check_data,
+    check_options,
     prepare,
     read_options,
     run_trial,
@@ -57,8 +59,7 @@ def main(suite: str, argv: Sequence[str] | None = None) -> int:
     lengths: dict[str, int] = {}
     for task in o.tasks:
         methods = _with_bases(o.methods) if o.methods else every_method(task, quick=o.quick)
-        steps = max(1, round(tasks.task(task).steps * o.share))
-        steps = lengths[task] = 0 if steps == tasks.task(task).steps else steps
+        steps = lengths[task] = _length(task, o.share)
         searched = [method for method in methods if _is_searched(method) or method in _bases(task)]
         common: dict[str, Any] = {"steps": steps, "options": o.options}
         ready = functools.partial(prepare, task)
@@ -86,9 +87,20 @@ def main(suite: str, argv: Sequence[str] | None = None) -> int:
             print(f"{task}: left out, as no run on the validation split chose for them: {', '.join(unknown)}")
         runner.run_missing(work, trials, steps_of, results, o.jobs, ready)
     if o.split != "validation":
-        report.write(tuning.of_run(results.read(), lengths, o.options), o.output, suite)
+        rows = results.read()
+        for task in {row["task"] for row in rows} - set(o.tasks):  # of earlier commands
+            with suppress(OSError, ImportError, ValueError):  # it cannot be loaded, which the report says
+                lengths[task] = _length(task, o.share)
+        report.write(tuning.of_run(rows, lengths, o.options), o.output, suite)
         print(f"see {o.output}/{suite}.md, {suite}.json and the pictures beside them")
     return 0
+
+
+def _length(task: str, share: float) -> int:
+    """Return how many steps a share of a task's is, as `Trial.steps` has them."""
+    whole = tasks.task(task).steps
+    steps = max(1, round(whole * share))
+    return 0 if steps == whole else steps
 
 
 def _of_task(results: runner.Results, task: str) -> list[runner.Row]:
@@ -187,12 +199,17 @@ def _parse(suite: str, argv: Sequence[str] | None) -> argparse.Namespace:
             known = tasks.task(task)
             if known.suite != suite:
                 raise ValueError(f"task {task} belongs to another file of results: python -m benchmarks {known.suite}")
+            for name in o.methods or ():
+                tuning.grid(task, name, o.strengths)
             bad = [name for name in o.methods or () if Method.of(name).base not in known.lr]
             if bad:
                 raise ValueError(f"task {task} has no setting for the base of {bad[0]!r}; it has {', '.join(known.lr)}")
             o.sparsities = sorted({0.0, *known.goals, *o.sparsities})
-        for name in o.methods or ("sgd+target",):
-            _try(Method.of(name), o.options)
+        parts = [Method.of(name) for name in o.methods or ("sgd+target",)]
+        for method in parts:
+            _try(method, o.options)
+        if o.options and not any(method.is_driven for method in parts):
+            raise ValueError(f"--options {o.options!r} are of SparsityTarget, and none of --methods has it")
         prepare_for_pictures(o.output)
         check_data(o.tasks, runner.Results(o.output / f"{suite}.csv", COLUMNS, KEY, NUMBERS).read(), o.device)
     except (ValueError, OSError, ImportError) as error:
@@ -204,6 +221,7 @@ def _try(method: Method, options: str) -> None:
     """Build a method's optimizer and what follows it around a small network; raise what is wrong with them."""
     if any("=" not in option for option in options.split(";") if option):
         raise ValueError(f"--options takes name=value;name=value, got {options!r}")
+    check_options(options)
     optimizer = method.optimizer(nn.Linear(4, 4), lr=0.1, weight_decay=0.0, strength=1.0)
     if method.is_driven:
         own = {name: value for name, value in read_options(options).items() if name not in OF_RUNS}

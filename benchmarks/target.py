@@ -29,7 +29,9 @@ from torch.optim import Optimizer
 
 from benchmarks import arguments, runner, tasks
 from benchmarks.tasks import SPARSITIES, Task
-from benchmarks.trials import read_options
+from benchmarks.trials import check_data, read_options
+from benchmarks.tuning import failed
+from benchmarks.ways import mean_text
 from wcr_optim import WCR, HoyerDecay, L1Decay, SparsityTarget, param_groups, pruning
 
 OPTIMIZERS: dict[str, Callable[[list[dict[str, Any]], float], Optimizer]] = {
@@ -48,6 +50,7 @@ FIXED: dict[str, Callable[[Optimizer, float], Optimizer]] = {
 FORMS = ("l1", "hoyer", "inverse_variance", "scale_free", "per_unit", "relative")
 METHODS = (*FIXED, "target", *(f"target:{form}" for form in FORMS))
 OPTIONS = ("wd", *list(inspect.signature(SparsityTarget).parameters)[3:])  # beside optimizer, sparsity, total_steps
+OF_TRAINING = ("strengths", "lr_scale", "batch_scale", "split")
 # The lowest of ten strengths, each 10^(1/3) times the one before, chosen so that the best one lies inside.
 LOWEST = {
     ("digits", "sgd"): {"l1": 3e-5, "hoyer": 1e-4, "wcr": 3e-4, "scale_free": 1e-4, "relative": 1e-1},
@@ -78,7 +81,8 @@ class Trial:
 
 
 KEY = tuple(field.name for field in fields(Trial))
-COLUMNS = (*KEY, "sparsity", "metric", "value", "tail", "last_strength", "steps", "seconds", "warned")
+MEASURED = ("sparsity", "metric", "value", "tail", "last_strength", "steps", "seconds", "warned", "data_hash")
+COLUMNS = (*KEY, *MEASURED)
 NUMBERS = ("strength", "goal", "seed", "lr_scale", "batch_scale", "sparsity", "value", "steps")
 
 
@@ -88,7 +92,7 @@ def steps_of(trial: Trial) -> int:
 
 
 def run_trial(trial: Trial, progress: Callable[[], None] = lambda: None) -> list[dict[str, Any]]:
-    """Train, prune at every sparsity and measure; one row per sparsity."""
+    """Train, prune at every sparsity and measure; a row for each, and one without a value of a run that diverged."""
     task = tasks.task(trial.task)
     network = task.model(trial.seed)
     decay = read_options(trial.options).get("wd", WEIGHT_DECAY[trial.optimizer])
@@ -115,6 +119,8 @@ def run_trial(trial: Trial, progress: Callable[[], None] = lambda: None) -> list
         loss = task.loss(network, batch)
         loss.backward()
         optimizer.step()
+        if not loss.isfinite():
+            return [_diverged(trial, f"the loss is {loss.item()}")]
         if target is not None:
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always", UserWarning)
@@ -123,6 +129,8 @@ def run_trial(trial: Trial, progress: Callable[[], None] = lambda: None) -> list
         scheduler.step()
         progress()
     seconds = time.perf_counter() - started
+    if not all(w.isfinite().all() for w in network.parameters()):
+        return [_diverged(trial, "a weight is NaN or infinite at the end")]
     network.eval()
     result = pruning.sweep(
         network,
@@ -139,11 +147,17 @@ def run_trial(trial: Trial, progress: Callable[[], None] = lambda: None) -> list
         "steps": steps,
         "seconds": round(seconds, 1),
         "warned": said,
+        "data_hash": task.data_hash,
     }
     return [
         asdict(trial) | {"sparsity": row.sparsity, "value": round(value, 4)} | common
         for row, value in zip(result.rows, result.values(), strict=True)
     ]
+
+
+def _diverged(trial: Trial, why: str) -> dict[str, Any]:
+    said = {"steps": steps_of(trial), "warned": f"diverged: {why}", "data_hash": tasks.task(trial.task).data_hash}
+    return asdict(trial) | dict.fromkeys(MEASURED, "") | said
 
 
 def _targeted(trial: Trial, base: Optimizer, steps: int) -> tuple[Optimizer, Any]:
@@ -178,14 +192,20 @@ def grid(task: str, optimizer: str, method: str) -> list[float]:
 def chosen(rows: Sequence[dict[str, str]], task: str, optimizer: str, method: str, goal: float) -> float | None:
     """Return the strength with the best mean at a sparsity on validation, of equals the one with the best dense value.
 
-    None if no run on validation is there.
+    None if no run on validation is there that did not diverge, for any seed.
     """
     values: dict[float, dict[float, list[float]]] = {}
+    diverged = set()
     for row in rows:
         same = (row["task"], row["optimizer"], row["method"], row["split"]) == (task, optimizer, method, "validation")
-        if same and float(row["lr_scale"]) == 1.0 and row["batch_scale"] == "1":
+        if not same or float(row["lr_scale"]) != 1.0 or row["batch_scale"] != "1":
+            continue
+        if failed(row):
+            diverged.add(float(row["strength"]))
+        else:
             at = values.setdefault(float(row["strength"]), {})
             at.setdefault(float(row["sparsity"]), []).append(float(row["value"]))
+    values = {strength: at for strength, at in values.items() if strength not in diverged}
     if not values:
         return None
     best = tasks.task(task).best
@@ -199,8 +219,12 @@ def _tested(o: argparse.Namespace, rows: Sequence[dict[str, str]]) -> Iterator[T
         common: dict[str, Any] = {"seed": seed, "split": "test"}
         if method.startswith("target"):
             yield from (Trial(task, optimizer, method, goal=g, options=x, **common) for g in goals for x in o.options)
+        elif method == "none":
+            yield Trial(task, optimizer, method, **common)
         else:
             strengths = {chosen(rows, task, optimizer, method, goal) for goal in goals} - {None}
+            if not strengths and seed == o.seeds[0]:
+                print(f"{task}, {optimizer}: left out, as no run on the validation split chose a strength: {method}")
             yield from (Trial(task, optimizer, method, strength, **common) for strength in sorted(strengths))
 
 
@@ -211,7 +235,7 @@ def report(rows: Sequence[dict[str, str]]) -> str:
     for task, optimizer in dict.fromkeys((row["task"], row["optimizer"]) for row in tested):
         here = [row for row in tested if (row["task"], row["optimizer"]) == (task, optimizer)]
         goals = tasks.task(task).goals
-        text += [f"**{task}, {optimizer}** ({here[0]['metric']})", ""]
+        text += [f"**{task}, {optimizer}** ({tasks.task(task).metric})", ""]
         text += ["| method | " + " | ".join(f"{100 * goal:g} % (dense)" for goal in goals) + " |"]
         text += ["|---" * (len(goals) + 1) + "|"]
         for method, options in dict.fromkeys((row["method"], row["options"]) for row in here):
@@ -231,18 +255,25 @@ def _cell(
     goal: float,
 ) -> str:
     is_target = method.startswith("target")
-    strength = 0.0 if is_target else chosen(rows, task, optimizer, method, goal)
+    strength = 0.0 if is_target or method == "none" else chosen(rows, task, optimizer, method, goal)
     found: dict[float, list[float]] = {goal: [], 0.0: []}
+    diverged = 0
     for row in here:
         same = (row["method"], row["options"]) == (method, options) and float(row["strength"]) == strength
-        if same and float(row["goal"]) == (goal if is_target else 0.0) and float(row["sparsity"]) in found:
+        if not same or float(row["goal"]) != (goal if is_target else 0.0):
+            continue
+        if failed(row):
+            diverged += 1
+        elif float(row["sparsity"]) in found:
             found[float(row["sparsity"])].append(float(row["value"]))
-    if not found[goal]:
+    if not found[goal] and not diverged:
         return ""
-    digits_ = 3 if here[0]["metric"] == "bits_per_byte" else 1
-    spread = f" ± {statistics.stdev(found[goal]):.{digits_}f}" if len(found[goal]) > 1 else ""
-    at = "" if method == "none" or is_target else f" at {strength:g}"
-    return f"{statistics.mean(found[goal]):.{digits_}f}{spread} ({statistics.mean(found[0.0]):.{digits_}f}){at}"
+    places = tasks.task(task).places
+    at = f" at {strength:g}" if strength else ""
+    if not found[goal]:
+        return f"diverged{at}"
+    said = f", {diverged} of {diverged + len(found[goal])} diverged" if diverged else ""
+    return f"{mean_text(found[goal], places)} ({statistics.mean(found[0.0]):.{places}f}){at}{said}"
 
 
 def _trials(o: argparse.Namespace) -> Iterator[Trial]:
@@ -330,9 +361,15 @@ def main(argv: Sequence[str] | None = None) -> int:
                 raise ValueError(f"{o.output} has no runs on the test split; `benchmarks target test` adds them")
             print(text)
             return 0
-        for task in o.task:
-            tasks.task(task)
+        check_data(o.task, rows)
+        given = [name for name in OF_TRAINING if getattr(o, name) != parser.get_default(name)]
+        if o.what == "test" and given:
+            raise ValueError(
+                f"--{given[0].replace('_', '-')} is of `benchmarks target train`; what is tested was chosen on the "
+                "validation split, at the usual learning rate and batch"
+            )
         trials = list(_trials(o) if o.what == "train" else _tested(o, rows))
+        arguments.prepare_folders(o.output.parent)
     except (ValueError, OSError, ImportError) as error:
         parser.error(str(error))
     runner.run_missing(run_trial, trials, steps_of, results, o.jobs)

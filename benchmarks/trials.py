@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from benchmarks import tasks
 from benchmarks.curvature import largest_eigenvalue
 from benchmarks.devices import mixed_precision, settle
-from benchmarks.methods import Method
+from benchmarks.methods import LAYERS, Method
 from benchmarks.tasks import SPARSITIES, Task
 from wcr_optim import pruning
+from wcr_optim.pruning.select import input_dimension
 from wcr_optim.pruning.sweep import Evaluate
 from wcr_optim.pruning.threshold import Scope
 
@@ -109,10 +110,15 @@ def steps_of(trial: Trial) -> int:
     return max(1, (trial.steps or tasks.task(trial.task).steps) // int(trial.settings.get("batch", 1)))
 
 
-def check_data(names: Iterable[str], rows: Sequence[Mapping[str, str]], device: str) -> None:
+def check_data(names: Iterable[str], rows: Sequence[Mapping[str, str]], device: str | None = None) -> None:
     """Raise if rows of one of some tasks are of other data than is here, or from another kind of device.
 
     Both would be taken for runs of one kind, and on a CUDA device networks train in bfloat16.
+
+    Args:
+        names: Of the tasks.
+        rows: Of results.
+        device: What runs would be on, None where there is one kind only (default: None)
 
     Raises:
         ValueError: If they are.
@@ -126,7 +132,7 @@ def check_data(names: Iterable[str], rows: Sequence[Mapping[str, str]], device: 
                 f"the results hold runs of task {name} on other data (sha256 {', '.join(sorted(other))}) than is here "
                 f"({here}); name another --output"
             )
-        ran_on = {row["device"] for row in rows if row["task"] == name} - {device}
+        ran_on = {row["device"] for row in rows if device and row["task"] == name} - {device}
         if ran_on:
             raise ValueError(
                 f"the results hold runs of task {name} on {', '.join(sorted(ran_on))}, and these would be on {device}; "
@@ -301,7 +307,9 @@ def quantized(network: nn.Module, masks: pruning.Masks, wanted: bool) -> Iterato
     weights = dict(network.named_parameters())
     before = {name: weights[name].clone() for name in masks} if wanted else {}
     for name, w in before.items():
-        scale = w.abs().flatten(1).amax(1).clamp(min=1e-12).view(-1, *[1] * (w.ndim - 1)) / 127
+        channels = 1 - input_dimension(network, name, w)[0]  # the first, but of GPT-2's Conv1D
+        others = [dim for dim in range(w.ndim) if dim != channels]
+        scale = w.abs().amax(others, keepdim=True).clamp(min=1e-12) / 127
         weights[name].copy_(scale * (w / scale).round())
     try:
         yield
@@ -358,6 +366,25 @@ def moved(data: Any, device: Any) -> Any:
 
 def _device(network: nn.Module) -> torch.device:
     return next(network.parameters()).device
+
+
+def check_options(options: str) -> None:
+    """Raise if an option of runs, see `OF_RUNS`, has a value that it cannot have.
+
+    Raises:
+        ValueError: If one has.
+
+    """
+    found = read_options(options)
+    for name in ("lr", "wd"):
+        value = found.get(name, 1.0)
+        if not isinstance(value, int | float) or not 0.0 <= value < math.inf:
+            raise ValueError(f"option {name} must be finite and not negative, got {value!r}")
+    batch, layers = found.get("batch", 1), found.get("layers", LAYERS[0])
+    if not isinstance(batch, int) or batch < 1:
+        raise ValueError(f"option batch must be a whole number of at least 1, got {batch!r}")
+    if layers not in LAYERS:
+        raise ValueError(f"option layers must be one of {', '.join(LAYERS)}, got {layers!r}")
 
 
 def read_options(options: str) -> dict[str, Any]:

@@ -8,35 +8,11 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 
 from benchmarks import tasks
-from benchmarks.methods import RHO, Method
+from benchmarks.methods import LOWEST, REFERENCE_LR, RHO, Method
 from benchmarks.trials import Trial
 
-# Where the grid of a strength begins and ends: three decades, chosen so that the best one lies inside on the digits, at
-# the learning rates used there.
 DECADES = 3.0
-REFERENCE_LR = {"sgd": 0.1, "adamw": 1e-3}
-LOWEST: dict[str, dict[str, float]] = {
-    "sgd": {
-        "l1": 1e-4,
-        "l2": 1e-4,
-        "hoyer": 1e-4,
-        "wcr": 3e-4,
-        "scale_free": 1e-4,
-        "relative": 1e-1,
-        "per_unit": 1e-5,
-        "prox": 3e-5,
-    },
-    "adamw": {
-        "l1": 1e-3,
-        "l2": 1e-2,
-        "hoyer": 1e-3,
-        "wcr": 1e-2,
-        "scale_free": 1e-3,
-        "relative": 3e-1,
-        "per_unit": 1e-4,
-        "prox": 3e-3,
-    },
-}
+"""Of a grid of strengths, which begins at LOWEST."""
 RHOS = (0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 4.0)
 """Times a method's default."""
 RHOS_BEYOND = (6.0, 8.0, 12.0, 16.0, 24.0, 32.0)
@@ -55,13 +31,19 @@ def grid(task: str, method: str, count: int, *, beyond: bool = False) -> list[tu
         method: Name of the method.
         count: How many.
         beyond: What lies above these, too: strengths of as many decades again, or RHOS_BEYOND (default: False)
+
+    Raises:
+        ValueError: If a penalty's strength is searched, and LOWEST does not have it.
     """
     parts = Method.of(method)
     rho = RHO.get(parts.sharpness or "", 0.0)
     if parts.searched == "strength":
         assert parts.penalty is not None
         penalty = parts.penalty.removesuffix("_explicit").removesuffix("_unguarded")
-        lowest = LOWEST[parts.base][penalty.removesuffix("_in_loss")]
+        known = LOWEST[parts.base]
+        if penalty.removesuffix("_in_loss") not in known:
+            raise ValueError(f"method {method!r} has no strength to begin a search at; LOWEST in methods.py holds them")
+        lowest = known[penalty.removesuffix("_in_loss")]
         lowest *= REFERENCE_LR[parts.base] / tasks.task(task).lr[parts.base]  # what acts is lr * strength
         if penalty.endswith("_in_loss"):
             lowest /= 10  # momentum adds up ten steps of it
@@ -69,13 +51,23 @@ def grid(task: str, method: str, count: int, *, beyond: bool = False) -> list[tu
         number = 2 * count - 1 if beyond else count
         return [(float(f"{lowest * 10 ** (DECADES * k / between):.3g}"), rho) for k in range(number)]
     if parts.searched == "rho":
-        between = max(count - 1, 1)
-        chosen = sorted({round(k * (len(RHOS) - 1) / between) for k in range(count)}) if count > 1 else [5]
-        factors = [*(RHOS[k] for k in chosen), *(RHOS_BEYOND if beyond else ())]
+        factors = [*_radii(count), *(RHOS_BEYOND if beyond else ())]
         return [(0.0, float(f"{rho * factor:.3g}")) for factor in factors]
     if parts.is_driven and parts.sharpness is not None and count > 1:
         return [(0.0, float(f"{rho * factor:.3g}")) for factor in DRIVEN_RHOS]
     return [(0.0, rho)]
+
+
+def _radii(count: int) -> list[float]:
+    """Return as many of RHOS as are wanted, evenly spaced; more of them have others between, on a logarithmic scale."""
+    last = len(RHOS) - 1
+    if count == 1:
+        return [1.0]
+    places = [k * last / (count - 1) for k in range(count)]
+    if count <= len(RHOS):
+        return [RHOS[round(place)] for place in places]
+    lower = [min(int(place), last - 1) for place in places]
+    return [RHOS[k] * (RHOS[k + 1] / RHOS[k]) ** (place - k) for k, place in zip(lower, places, strict=True)]
 
 
 def searches(

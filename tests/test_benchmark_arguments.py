@@ -58,6 +58,10 @@ from benchmarks.__main__ import main as benchmarks
             "target train --task textures --method l1",
             "no grid of strengths for textures with sgd; name them with --str",
         ),
+        ("target test --lr-scale 2", "--lr-scale is of `benchmarks target train`; what is tested was chosen on"),
+        ("target train --output setup.cfg/target.csv", "setup.cfg"),
+        ("ablations --output setup.cfg", "setup.cfg"),
+        ("ablations --page nothing.md", "there is no page nothing.md to renew"),
         (
             "target report --output nothing.csv",
             "nothing.csv has no runs on the test split; `benchmarks target test` adds",

@@ -22,7 +22,7 @@ from benchmarks import ablations, report, runner, suites, tasks, trials, tuning,
 from benchmarks.__main__ import main as benchmarks
 from benchmarks.curvature import largest_eigenvalue
 from benchmarks.gradual import GradualPruning
-from benchmarks.methods import PENALTIES, SHARPNESS, Method
+from benchmarks.methods import LOWEST, PENALTIES, SHARPNESS, Method
 from benchmarks.tasks import hub
 from benchmarks.trials import COLUMNS, KEY, NUMBERS, Trial, moved, quantized, run_trial, steps_of
 from benchmarks.variants import ExplicitStep, InLoss, Window
@@ -79,6 +79,13 @@ def test_layers_of_a_penalty():
     assert moved_layers("all") == [True] * 6
 
 
+@pytest.mark.parametrize(("layers", "ratios"), [("weights", [1, 0]), ("inner", [1, 0, 0]), ("all", [1, 1])])
+def test_layers_of_a_driven_penalty(layers, ratios):
+    model = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4), nn.Linear(4, 3))
+    optimizer = Method.of("sgd+target").optimizer(model, 0.1, 0.0, layers=layers)
+    assert [group["weight_concentration"] for group in optimizer.param_groups] == ratios
+
+
 def test_proximal_steps_see_the_gradient_of_the_pruned_weights():
     pytest.importorskip("torchao.prototype.pat.optim", reason="needs torchao")
     model = nn.Sequential(nn.Linear(3, 2, bias=False))
@@ -104,7 +111,7 @@ def test_proximal_steps_see_the_gradient_of_the_pruned_weights():
         torch.testing.assert_close(w.detach(), pruned)
 
 
-@pytest.mark.parametrize("count", [1, 3, 5, 10])
+@pytest.mark.parametrize("count", [1, 3, 5, 10, 12, 25])
 def test_grids_span_three_decades_with_as_many_runs_as_asked_for(count):
     strengths = [strength for strength, _ in tuning.grid("digits_mlp", "sgd+wcr", count)]
     assert len(strengths) == count == len(set(strengths))
@@ -112,6 +119,9 @@ def test_grids_span_three_decades_with_as_many_runs_as_asked_for(count):
         assert strengths[-1] / strengths[0] == pytest.approx(1000, rel=1e-2)
     rhos = [rho for _, rho in tuning.grid("digits_mlp", "sgd+sam", count)]
     assert len(set(rhos)) == count
+    if count > 1:
+        assert (rhos[0], rhos[-1]) == (0.005, 0.2)
+        assert rhos == sorted(rhos)
     assert tuning.grid("digits_mlp", "sgd", count) == [(0.0, 0.0)]
 
 
@@ -233,15 +243,49 @@ def test_a_value_that_no_table_reads_says_nothing_of_a_run():
 
 def test_report_empties_no_table_for_want_of_results(tmp_path, capsys):
     page = tmp_path / "page.md"
-    page.write_text("<!-- table: brief -->\n\nrows\n\n<!-- end -->\n")
+    text = "".join(f"<!-- table: {name} -->\n\nrows\n\n<!-- end -->\n" for name in ("brief", "digits_mlp"))
+    page.write_text(text)
     arguments = ["--page", str(page), "--readme", str(page), "--images", str(tmp_path)]
-    for folder, said in ((tmp_path / "typo", "has no vision.csv"), (Path("docs/results"), "no page")):
+    root, quick = Path(__file__).parents[1], tmp_path / "quick"
+    short = [row | {"steps": "32"} for row in rows_of("sgd", 0.0, accuracies(97.0, 60.0), split="test")]
+    runner.Results(quick / "vision.csv", COLUMNS, KEY).append(short)
+    for folder, said in (
+        (tmp_path / "typo", "has no runs of full length of task digits_mlp"),
+        (quick, "has no runs of full length of task digits_mlp"),
+        (root / "docs/results", "no page"),
+    ):
         pages = arguments if said != "no page" else ["--page", str(tmp_path / "none.md")]
         with pytest.raises(SystemExit) as stopped:
-            report.main(["--results", str(Path(__file__).parents[1] / folder), *pages])
+            report.main(["--results", str(folder), *pages])
         assert stopped.value.code == 2
-        assert said in capsys.readouterr().err
-    assert "rows" in page.read_text()
+        assert said in " ".join(capsys.readouterr().err.split())
+    assert page.read_text() == text
+
+
+def test_report_leaves_out_a_task_that_cannot_be_loaded(tmp_path, capsys, monkeypatch):
+    monkeypatch.delenv(hub.FOLDER, raising=False)
+    page, readme = tmp_path / "page.md", tmp_path / "readme.md"
+    page.write_text("".join(f"<!-- table: {name} -->\n<!-- end -->\n" for name in ("brief", "digits_mlp")))
+    readme.write_text(page.read_text())
+    rows = rows_of("sgd", 0.0, accuracies(97.0, 60.0), split="test")
+    results = runner.Results(tmp_path / "vision.csv", COLUMNS, KEY)
+    for found in (rows, [row | {"task": "images_resnet20"} for row in rows]):
+        results.append(found)
+    arguments = ["--page", str(page), "--readme", str(readme), "--images", str(tmp_path)]
+    assert report.main(["--results", str(tmp_path), *arguments]) == 0
+    assert f"images_resnet20: left out of {page} and {readme}, as it cannot be loaded" in capsys.readouterr().out
+    assert "| SGD | 60.0" in page.read_text().replace("*", "")
+    assert "| digits_mlp, SGD, 98 % | 60.0 (97.0) |" in readme.read_text().replace("*", "")
+
+
+def test_what_is_no_one_shot_pruning_is_not_marked_as_the_best():
+    rows = [
+        *rows_of("sgd", 0.0, accuracies(97.8, 97.5), split="test"),
+        *(row for goal in GOALS for row in rows_of("sgd+gradual", 0.0, accuracies(97.8, 97.5), 0, "test", goal)),
+    ]
+    text = report.table(rows, "digits_mlp")
+    assert "| SGD | **97.5** (97.8) |" in text
+    assert "| SGD + gradual pruning (not one-shot) | 97.5 (97.8) |" in text
 
 
 def test_a_search_whose_best_strength_is_its_largest_goes_on():
@@ -615,6 +659,28 @@ def test_the_bases_of_named_methods_are_run_too(tmp_path):
     }
 
 
+def test_a_method_of_ones_own_is_two_rows_of_one_file(tmp_path, monkeypatch, capsys):
+    command = ["--methods", "sgd+mine", "--tasks", "digits_mlp", "--output", str(tmp_path), "--share", "0.01"]
+    command += ["--strengths", "2", "--seeds", "1", "--jobs", "1"]
+    monkeypatch.setitem(PENALTIES, "mine", lambda base, strength: WCR(base, strength, form="relative"))
+    with pytest.raises(SystemExit):
+        suites.main("vision", command)
+    assert "LOWEST in methods.py holds them" in " ".join(capsys.readouterr().err.split())
+    monkeypatch.setitem(LOWEST["sgd"], "mine", 1e-3)
+    assert suites.main("vision", command) == 0
+    assert "| SGD + mine | " in (tmp_path / "vision.md").read_text()
+    assert (tmp_path / "digits_mlp_strengths.png").stat().st_size
+
+
+def test_one_task_after_another_leaves_the_first_in_what_is_written(tmp_path):
+    command = ["--quick", "--share", "0.01", "--methods", "sgd,sgd+wcr", "--strengths", "1", "--seeds", "1"]
+    for task in ("digits_mlp", "digits_cnn"):
+        suites.main("vision", [*command, "--tasks", task, "--jobs", "1", "--output", str(tmp_path)])
+    written = (tmp_path / "vision.md").read_text()
+    assert [line for line in written.splitlines() if line.startswith("## ")] == ["## digits_mlp", "## digits_cnn"]
+    assert set(json.loads((tmp_path / "vision.json").read_text())) == {"digits_mlp", "digits_cnn"}
+
+
 @pytest.mark.parametrize(
     "curvature",
     [
@@ -742,9 +808,8 @@ def test_a_killed_benchmark_continues_where_it_stopped(tmp_path):
         str(strength) for strength, _ in tuning.grid("digits_mlp", "sgd+wcr", 3)
     }
     assert (tmp_path / "vision.md").read_text().startswith("## digits_mlp")
-    assert all(
-        (tmp_path / name).stat().st_size for name in ("vision.json", "digits_mlp.png", "digits_mlp_tradeoff.png")
-    )
+    written = ("vision.json", *(f"digits_mlp{kind}.png" for kind in ("", "_strengths", "_tradeoff")))
+    assert all((tmp_path / name).stat().st_size for name in written)
 
 
 @pytest.mark.parametrize(
@@ -764,6 +829,12 @@ def test_a_killed_benchmark_continues_where_it_stopped(tmp_path):
         (["--methods", "sgd,sgd+target", "--options", "foo=1"], "'foo'"),
         (["--methods", "sgd,sgd+target", "--options", "end=7"], "end"),
         (["--methods", "sgd,sgd+target", "--options", "foo"], "name=value"),
+        (["--methods", "sgd,sgd+wcr", "--options", "lr=0.5"], "none of --methods has it"),
+        (["--options", "batch=0"], "option batch must be a whole number of at least 1, got 0"),
+        (["--options", "batch=x"], "option batch must be a whole number of at least 1, got 'x'"),
+        (["--options", "lr=-1"], "option lr must be finite and not negative, got -1"),
+        (["--options", "wd="], "option wd must be finite and not negative, got ''"),
+        (["--options", "layers=innner"], "option layers must be one of weights, inner, all, got 'innner'"),
         (["--output", __file__], "exists"),
     ],
 )
@@ -772,7 +843,7 @@ def test_bad_arguments_say_what_is_wrong(arguments, said, capsys, tmp_path, monk
     with pytest.raises(SystemExit) as stopped:
         suites.main("vision", arguments)
     assert stopped.value.code == 2
-    assert re.search(said, capsys.readouterr().err)
+    assert re.search(said, " ".join(capsys.readouterr().err.split()))
 
 
 @pytest.mark.parametrize("installed", [True, False])
@@ -815,6 +886,29 @@ def test_ablations_run_end_to_end_and_runs_of_other_lengths_do_not_count(tmp_pat
     full = [row for row in results.read() if row["steps"] == "0"]
     assert len(full) < len(results.read())
     assert page.read_text() == report.filled(empty, "ablations digits_mlp", ablations.report(full, "digits_mlp", "sgd"))
+
+
+def test_ablations_around_another_base_leave_the_tables_of_the_first(tmp_path, monkeypatch):
+    monkeypatch.setattr(ablations, "VARIANTS", {"How": [("flow", "wcr", "")]})
+    short = dataclasses.replace(tasks.task("digits_mlp"), steps=2)
+    monkeypatch.setattr(tasks, "task", lambda name: short)
+    page = tmp_path / "page.md"
+    first = "<!-- table: ablations digits_mlp -->\nof SGD\n<!-- end -->\n"
+    page.write_text(first + "<!-- table: ablations digits_mlp adamw -->\n<!-- end -->\n")
+    command = ["--base", "adamw", "--tasks", "digits_mlp", "--seeds", "1", "--strengths", "1", "--jobs", "1"]
+    assert ablations.main([*command, "--output", str(tmp_path), "--page", str(page)]) == 0
+    assert page.read_text().startswith(first)
+    assert "| AdamW + WCR | " in page.read_text()
+
+
+def test_ablations_give_bits_per_byte_to_three_digits():
+    rows = [
+        row | {"task": "language", "metric": "bits_per_byte"}
+        for seed, value in ((0, 1.851), (1, 1.871))
+        for split in ("validation", "test")
+        for row in rows_of("adamw+wcr", 0.3, dict.fromkeys((0.0, 0.5, 0.7, 0.8), value), seed, split)
+    ]
+    assert "| WCR with weight decay | 1.861 ± 0.014 (1.861) at 0.3 |" in ablations.report(rows, "language", "adamw")
 
 
 def test_ablations_count_the_runs_that_diverged():
@@ -973,6 +1067,21 @@ def test_quantized_rounds_each_channel_for_the_block_only():
         assert ((model.weight - pruned).abs() <= step / 2 + 1e-8).all()
         assert torch.equal(model.weight == 0, (pruned / step).round() == 0)
     assert torch.equal(model.weight, before)
+
+
+def test_quantized_finds_the_channels_of_a_transposed_layer():
+    """GPT-2's Conv1D is a linear layer whose weight lies the other way around."""
+    conv1d = pytest.importorskip("transformers.pytorch_utils").Conv1D
+    linear, transposed = nn.Linear(16, 4), conv1d(4, 16)
+    with torch.no_grad():
+        linear.weight[2] *= 100.0
+        transposed.weight.copy_(linear.weight.T)
+    rounded = []
+    for model in (linear, transposed):
+        masks = pruning.magnitude_masks(model, 0.5)
+        with torch.no_grad(), pruning.applied(model, masks), quantized(model, masks, True):
+            rounded.append(model.weight.clone())
+    torch.testing.assert_close(rounded[0], rounded[1].T, rtol=0, atol=0)
 
 
 def test_moved_keeps_the_nesting():

@@ -40,6 +40,17 @@ def picture(path, pixels) -> None:
     Image.fromarray(np.asarray(pixels, dtype=np.uint8)).save(path)
 
 
+def saved(path, image: Image.Image) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image.save(path)
+
+
+def deep(values: np.ndarray, mode: str) -> Image.Image:
+    """Return an image of one channel of 16 or 32 bits."""
+    kinds = {"I;16": "<u2", "I;16B": ">u2", "I": "i4", "F": "f4"}
+    return Image.frombytes(mode, values.shape[::-1], values.astype(kinds[mode]).tobytes())
+
+
 class TestHub:
     @pytest.mark.parametrize("form", ["saved", "parquet", "json"])
     def test_forms_of_a_folder(self, form, folder):
@@ -75,6 +86,40 @@ class TestHub:
         monkeypatch.delenv(hub.FOLDER)
         with pytest.raises(FileNotFoundError, match=f"set {hub.FOLDER} to the folder that holds mine/"):
             hub.load("mine")
+
+    @pytest.mark.parametrize(
+        ("file", "text", "told"),
+        [
+            ("train.jsonl", '{"x": 1}\n{"x": 2\n', "JSON parse error"),
+            ("train.json", '[{"x": 1}, {"x": 2]', "character"),
+            ("train.csv", "a,b\n1,2\n1,2,3\n", "Expected 2 fields in line 3, saw 3"),
+            ("train.jsonl", "", "a file is empty"),
+            ("train.parquet", "none", "Parquet file size is 4 bytes"),
+            ("dataset_dict.json", "{", "Expecting property name"),
+        ],
+    )
+    def test_a_broken_file_is_one_line_with_the_folder_and_the_cause(self, file, text, told, folder):
+        (folder / "some").mkdir()
+        (folder / "some" / file).write_text(text)
+        with pytest.raises(ValueError, match=rf"^{folder}/some cannot be read: .*{told}") as error:
+            hub.load("some")
+        assert "\n" not in str(error.value)
+        assert error.value.__cause__ is not None
+
+    @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK"])
+    def test_images_of_8_bits_become_rgb(self, mode):
+        image = Image.fromarray(noise(8, 8, 3)).convert(mode)
+        assert np.array_equal(np.array(hub.rgb(image, "x")), np.array(image.convert("RGB")))
+
+    @pytest.mark.parametrize("mode", ["I;16", "I;16B", "I", "F"])
+    def test_images_of_more_bits_are_refused(self, mode, tmp_path):
+        image = deep(np.arange(64).reshape(8, 8) * 60, mode)
+        with pytest.raises(ValueError, match=rf"^train: row 3 has more than 8 bits \(Pillow's mode {mode}\); scale"):
+            hub.rgb(image, "train: row 3")
+        path = tmp_path / "scan.tif"
+        saved(path, image)
+        with Image.open(path) as read, pytest.raises(ValueError, match=f"^{path} has more than 8 bits"):
+            hub.rgb(read, "train: row 3")
 
     def test_columns_are_named(self):
         rows = datasets.Dataset.from_dict({"a": [1], "b": [2]})
@@ -146,14 +191,31 @@ class TestImages:
             data = datasets.Dataset.from_dict({"img": pictures, "label": labels})
             (folder / "cifar10").mkdir(exist_ok=True)
             data.cast_column("img", datasets.Image()).to_parquet(str(folder / "cifar10" / f"{split}.parquet"))
-        with pytest.raises(ValueError, match=r"labels of cifar10 test must lie in \[0, 1\] as in train, got \[0, 2\]"):
+        with pytest.raises(ValueError, match=r"cifar10 test: row 1 has 2 in the column label, .*; those have 0, 1$"):
             images.load(images.SOURCES[0])
 
-    def labelled(self, folder, split, labels, pictures=None):
+    def test_a_label_between_those_of_training_is_unknown_unless_the_data_set_names_it(self, folder):
+        self.labelled(folder, "train", [0, 2] * 5)
+        self.labelled(folder, "validation", [0, 2])
+        self.labelled(folder, "test", [0, 1, 1, 1])
+        with pytest.raises(ValueError, match=r"cifar10 test: row 1 has 1 in the column label, .*; those have 0, 2$"):
+            images.load(images.SOURCES[0])
+        for split, labels in (("train", [0, 2] * 5), ("validation", [0, 2]), ("test", [0, 1, 1, 1])):
+            self.labelled(folder, split, labels, names=["a", "b", "c"])
+        found = images.load(images.SOURCES[0])
+        assert found.classes == 3
+        assert found.splits["test"].labels.tolist() == [0, 1, 1, 1]
+        self.labelled(folder, "test", [0, -1], names=["a", "b", "c"])  # as the hub has it where labels are kept back
+        with pytest.raises(ValueError, match=r"labels of cifar10 test must lie in \[0, 2\] as in train, got \[-1, 0\]"):
+            images.load(images.SOURCES[0])
+
+    def labelled(self, folder, split, labels, pictures=None, names=None):
         pictures = pictures or [Image.fromarray(noise(32, 32, 3)) for _ in labels]
         data = datasets.Dataset.from_dict({"img": pictures, "label": labels})
         if not isinstance(pictures[0], str):
             data = data.cast_column("img", datasets.Image())
+        if names is not None:
+            data = data.cast_column("label", datasets.ClassLabel(names=names))
         (folder / "cifar10").mkdir(exist_ok=True)
         data.to_parquet(str(folder / "cifar10" / f"{split}.parquet"))
 
@@ -178,6 +240,13 @@ class TestImages:
         self.labelled(folder, "train", [0, 1] * 10, ["a.png"] * 20)
         with pytest.raises(ValueError, match=r"cifar10 train: row 0 of the column img is 'a.png' and no image; for"):
             images.load(images.SOURCES[0])
+
+    def test_images_of_16_bits_are_named(self, folder):
+        for k in range(12):
+            saved(folder / "images" / "train" / "ab"[k % 2] / f"{k}.png", deep(np.full((8, 8), 1000 + k), "I;16"))
+        source = next(source for source in images.SOURCES if source.name == "images")
+        with pytest.raises(ValueError, match=rf"^{folder}/images/train/./\d+.png has more than 8 bits \(.* I;16\)"):
+            images.load(source)
 
     @pytest.mark.parametrize("mirrored", [True, False])
     def test_shifts_are_those_of_a_loop(self, mirrored):
@@ -262,6 +331,102 @@ class TestMasks:
             assert part.labels.unique().tolist() == [0, 1, 2]
 
     @pytest.mark.usefixtures("small")
+    @pytest.mark.parametrize(("values", "classes"), [((0, 127, 254), 3), ((1, 2, 5), 4), ((0, 1, 2), 3), ((7, 9), 2)])
+    def test_classes_are_the_values_there_are_and_the_background(self, values, classes, folder):
+        self.paint(folder / "masks", 10, values)
+        found = masks.load()
+        assert found.classes == classes
+        for part in found.splits.values():
+            assert part.labels.unique().tolist() == list(range(classes - len(values), classes))
+
+    def save(self, folder, count, made):
+        """Save masks with their images."""
+        for k in range(count):
+            mask = made(k)
+            saved(folder / "masks" / f"{k}.tif", mask)
+            saved(folder / "images" / f"{k}.png", Image.new("RGB", mask.size))
+
+    @pytest.mark.usefixtures("small")
+    @pytest.mark.parametrize("mode", ["I;16", "I;16B", "I", "F"])
+    def test_masks_of_more_bits_keep_their_values(self, mode, folder):
+        values = np.array([0, 300, 1000, 40000]).repeat(8)[:, None].repeat(32, 1)
+        self.save(folder / "masks", 10, lambda k: deep(values, mode))
+        found = masks.load()
+        assert found.classes == 4
+        assert torch.equal(found.splits["test"].labels[0], torch.arange(4).repeat_interleave(8)[:, None].expand(32, 32))
+        for wrong in (-1, 70000) if mode == "I" else (0.5, math.nan, math.inf) if mode == "F" else ():
+            saved(folder / "masks" / "masks" / "3.tif", deep(np.full((32, 32), wrong), mode))
+            with pytest.raises(ValueError, match=r"masks/3.tif has values other than whole numbers from 0 to 65535"):
+                masks.load()
+
+    @pytest.mark.usefixtures("small")
+    def test_classes_are_indices_of_a_palette(self, folder):
+        """Two of its colours are of one gray value."""
+        values = np.array([0, 1, 2, 255], dtype=np.uint8).repeat(8)[:, None].repeat(32, 1)
+
+        def painted(colours):
+            mask = Image.fromarray(values)
+            mask.putpalette(colours + [0] * (765 - len(colours)) + [224, 224, 192])
+            return mask
+
+        self.save(folder / "masks", 10, lambda k: painted([0, 0, 0, 100, 0, 0, 0, 51, 0]))
+        found = masks.load()
+        assert found.classes == 4
+        assert torch.equal(found.splits["test"].labels[0], torch.arange(4).repeat_interleave(8)[:, None].expand(32, 32))
+        saved(folder / "masks" / "masks" / "9.tif", painted([0, 0, 0, 0, 51, 0, 100, 0, 0]))
+        with pytest.raises(ValueError, match=r".tif has the colour \(\d+, .* at index 1 of its palette, a mask before"):
+            masks.load()
+
+    @pytest.mark.usefixtures("small")
+    @pytest.mark.parametrize("mode", ["1", "LA", "RGB", "RGBA"])
+    def test_masks_without_colours_are_gray_in_any_mode(self, mode, folder):
+        """Some files are gray, as of programs that save each in the smallest form it has."""
+        mask = Image.fromarray(np.array([0, 255], dtype=np.uint8).repeat(16)[:, None].repeat(32, 1))
+        self.save(folder / "masks", 10, lambda k: mask.convert(mode) if k % 2 else mask)
+        found = masks.load()
+        assert found.classes == 2
+        wanted = torch.arange(2).repeat_interleave(16)
+        assert all(torch.equal(labels[:, 0], wanted) for labels in found.splits["train"].labels)
+
+    @pytest.mark.usefixtures("small")
+    @pytest.mark.parametrize("mode", ["RGB", "RGBA"])
+    def test_masks_of_colours_are_refused(self, mode, folder):
+        self.save(folder / "masks", 10, lambda k: Image.new(mode, (32, 32), (0, 0, 255 * (k == 4))))
+        with pytest.raises(ValueError, match=r"masks/4.tif has colours; save the class of a pixel as its gray"):
+            masks.load()
+
+    @pytest.mark.usefixtures("small")
+    def test_masks_whose_values_are_smeared_are_refused(self, folder):
+        self.paint(folder / "masks", 10)
+        ring = np.hypot(*np.mgrid[-20:20, -24:24]) < 15
+        path = folder / "masks" / "masks"
+        (path / "3.png").unlink()
+        picture(path / "3.jpg", ring * 255)
+        with pytest.raises(ValueError, match=r"3.jpg \(JPEG, \d+ values\) cannot .* Save masks as PNG, with 64"):
+            masks.load()
+        with Image.open(path / "3.jpg") as smeared:
+            smeared.resize((480, 400)).resize((48, 40)).save(path / "3.png")
+        (path / "3.jpg").unlink()
+        with pytest.raises(ValueError, match=r"3.png \(PNG, \d+ values\) cannot be read as classes: JPEG and smooth"):
+            masks.load()
+
+    @pytest.mark.usefixtures("small")
+    def test_images_of_16_bits_are_named(self, folder):
+        self.paint(folder / "masks", 10)
+        (folder / "masks" / "images" / "3.jpg").unlink()
+        saved(folder / "masks" / "images" / "3.png", deep(np.full((40, 48), 1000), "I;16"))
+        with pytest.raises(ValueError, match=rf"^{folder}/masks/images/3.png has more than 8 bits"):
+            masks.load()
+
+    @pytest.mark.usefixtures("small")
+    @pytest.mark.parametrize("kind", ["images", "masks"])
+    def test_two_files_of_one_name_are_named(self, kind, folder):
+        self.paint(folder / "masks", 10)
+        saved(folder / "masks" / kind / "3.tiff", Image.new("L", (48, 40)))
+        with pytest.raises(ValueError, match=rf"/{kind}/3.(jpg|png) and .*/{kind}/3.tiff have one name; keep one"):
+            masks.load()
+
+    @pytest.mark.usefixtures("small")
     def test_columns_image_and_mask(self, folder):
         rows = {
             "image": [Image.fromarray(noise(32, 32, 3, seed=k)) for k in range(20)],
@@ -276,6 +441,18 @@ class TestMasks:
             "validation": 2,
             "test": 2,
         }
+
+    @pytest.mark.usefixtures("small")
+    @pytest.mark.parametrize("column", ["image", "mask"])
+    def test_a_row_without_an_image_or_a_mask_is_named(self, column, folder):
+        rows = {name: [Image.new("L", (32, 32))] * 20 for name in ("image", "mask")}
+        rows[column] = [None, *rows[column][1:]]
+        data = datasets.Dataset.from_dict(rows)
+        for name in rows:
+            data = data.cast_column(name, datasets.Image())
+        datasets.DatasetDict(train=data, test=data).save_to_disk(folder / "masks")
+        with pytest.raises(ValueError, match=rf"masks \w+: row \d+ of the column {column} is 'None' and no image"):
+            masks.load()
 
     @pytest.mark.usefixtures("small")
     def test_what_does_not_fit_is_named(self, folder):
@@ -294,14 +471,14 @@ class TestMasks:
     def test_classes_that_training_never_saw_are_named(self, folder):
         self.paint(folder / "masks" / "train", 6, (0, 1, 2))
         self.paint(folder / "masks" / "test", 2, (0, 1, 7))
-        with pytest.raises(ValueError, match=r"masks of test in .* have the value 7, those of train only 0, 1, 2$"):
+        with pytest.raises(ValueError, match=r"masks of test .* the value 7 \(.*/test/masks/0.png\), .* only 0, 1, 2$"):
             masks.load()
 
     @pytest.mark.usefixtures("small")
     def test_a_third_value_beside_two_of_training_is_named(self, folder):
         self.paint(folder / "masks" / "train", 6, (0, 1))
         self.paint(folder / "masks" / "test", 2, (0, 1, 2))
-        with pytest.raises(ValueError, match=r"masks of test in .* have the value 2, those of train only 0, 1$"):
+        with pytest.raises(ValueError, match=r"masks of test .* the value 2 \(.*/test/masks/0.png\), .* only 0, 1$"):
             masks.load()
 
     @pytest.mark.usefixtures("small")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
+    from PIL.Image import Image
     from torch import Tensor
 
 FOLDER = "WCR_OPTIM_DATA"
@@ -38,14 +39,13 @@ def load(name: str, hub: str | None = None, config: str | None = None) -> Datase
         ImportError: If `datasets` is not installed.
         FileNotFoundError: If the data set is neither in the folder nor can be had from the hub. The message says how
             to get it.
-        ValueError: If it has no training data.
+        ValueError: If a file of the folder is broken, or if there are no training data.
 
     """
     datasets = imported()
     path = local(name)
     if path is not None:
-        saved = any((path / file).exists() for file in ("dataset_dict.json", "state.json"))
-        found = datasets.load_from_disk(str(path)) if saved else datasets.load_dataset(str(path))
+        found = _read(path)
     elif hub is None:
         raise FileNotFoundError(f"task {name} reads a folder of your own: {wanted(name)}")
     else:
@@ -60,6 +60,23 @@ def load(name: str, hub: str | None = None, config: str | None = None) -> Datase
     if isinstance(found, datasets.Dataset):
         found = datasets.DatasetDict(train=found)
     return with_all_splits(found, path or hub)
+
+
+def _read(path: Path) -> Any:
+    """Return what `datasets` finds in a folder.
+
+    Raises:
+        ValueError: If a file is broken.
+
+    """
+    datasets = imported()
+    saved = any((path / file).exists() for file in ("dataset_dict.json", "state.json"))
+    try:
+        return datasets.load_from_disk(str(path)) if saved else datasets.load_dataset(str(path))
+    except (datasets.exceptions.DatasetGenerationError, ValueError, StopIteration) as error:
+        # What is wrong stands in the cause, over several lines; an empty file makes a bare StopIteration.
+        told = " ".join(str(error.__cause__ or error).split()) or "a file is empty"
+        raise ValueError(f"{path} cannot be read: {told}") from error
 
 
 def imported() -> Any:
@@ -102,6 +119,49 @@ def column(rows: Dataset, *names: str) -> str:
         if name in rows.column_names:
             return name
     raise ValueError(f"the data set has none of the columns {', '.join(names)}; it has {', '.join(rows.column_names)}")
+
+
+def called(image: Image, where: str) -> str:
+    """Return the path of an image's file; where it is, if it comes from no file of its own."""
+    return str(getattr(image, "filename", "")) or where
+
+
+def checked(found: object, where: str) -> Image:
+    """Return what a data set holds if it is an image.
+
+    Raises:
+        ValueError: If it is something else.
+
+    """
+    from PIL import Image
+
+    if not isinstance(found, Image.Image):
+        raise ValueError(
+            f"{where} is {str(found)[:60]!r} and no image; for paths of files use datasets' cast_column with "
+            "datasets.Image() and save_to_disk"
+        )
+    return found
+
+
+def rgb(found: object, where: str) -> Image:
+    """Return an image with three channels of 8 bits.
+
+    Args:
+        found: What a data set holds.
+        where: Its split, row and column, for an error.
+
+    Raises:
+        ValueError: If it is no image, or one of more than 8 bits: Pillow would make all above 255 white, and how many
+            of its bits an image uses (a scanner often 12 of 16) is not known here.
+
+    """
+    image = checked(found, where)
+    if image.mode.startswith(("I", "F")):
+        raise ValueError(
+            f"{called(image, where)} has more than 8 bits (Pillow's mode {image.mode}); scale its values to 0 to 255, "
+            "all images alike, and save it with 8 bits"
+        )
+    return image.convert("RGB")
 
 
 def with_all_splits(found: Mapping[str, Dataset], where: object) -> DatasetDict:

@@ -73,14 +73,16 @@ def load(source: Source) -> Images:
     """Load all images of a data set into memory; labels that are text count in the order of the alphabet.
 
     Raises:
-        ValueError: If an image is something else, if a label is missing, or if one of validation or test is none of
-            those of training.
+        ValueError: If an image is something else or has more than 8 bits, if a label is missing, or if one of
+            validation or test is none of those of training; where the data set itself names its classes, a class of
+            which training has no image is no error, as long as training has one of a later class.
 
     """
     rows = hub.load(source.name, source.hub, source.config)
     image = hub.column(rows["train"], "img", "image")
     label = hub.column(rows["train"], "label", "fine_label", "labels")
-    labels = _indices(source.name, label, {name: list(part[label]) for name, part in rows.items()})
+    named = isinstance(rows["train"].features[label], hub.imported().ClassLabel)
+    labels = _indices(source.name, label, {name: list(part[label]) for name, part in rows.items()}, named=named)
     splits = {}
     for name, part in rows.items():
         pictures = [
@@ -100,8 +102,8 @@ def load(source: Source) -> Images:
     return Images(splits, classes, mean.float().view(3, 1, 1), deviation.float().view(3, 1, 1), sha256)
 
 
-def _indices(name: str, column: str, labels: Mapping[str, list[Any]]) -> dict[str, list[int]]:
-    """Return the labels of each split as indices of classes."""
+def _indices(name: str, column: str, labels: Mapping[str, list[Any]], *, named: bool) -> dict[str, list[int]]:
+    """Return the labels of each split as indices of classes; `named` are those whose names the data set lists."""
     kind = str if isinstance(labels["train"][0], str) else int
     for split, values in labels.items():
         for row, value in enumerate(values):
@@ -110,7 +112,7 @@ def _indices(name: str, column: str, labels: Mapping[str, list[Any]]) -> dict[st
                     f"{name} {split}: row {row} has {value!r} in the column {column}; make labels all whole numbers "
                     "or all text, and leave out rows that have none"
                 )
-    if kind is int:
+    if named:
         return dict(labels)
     indices = {label: index for index, label in enumerate(sorted(set(labels["train"])))}
     for split, values in labels.items():
@@ -118,23 +120,20 @@ def _indices(name: str, column: str, labels: Mapping[str, list[Any]]) -> dict[st
             if value not in indices:
                 raise ValueError(
                     f"{name} {split}: row {row} has {value!r} in the column {column}, which no row of train has; "
-                    f"those have {', '.join(indices)}"
+                    f"those have {', '.join(map(str, indices))}"
                 )
+    if kind is int:
+        return dict(labels)
     return {split: [indices[value] for value in values] for split, values in labels.items()}
 
 
 def _pixels(picture: object, side: int, where: str) -> Tensor:
-    from PIL import Image
+    from PIL.Image import Resampling
 
-    if not isinstance(picture, Image.Image):
-        raise ValueError(
-            f"{where} is {str(picture)[:60]!r} and no image; for paths of files use datasets' cast_column with "
-            "datasets.Image() and save_to_disk"
-        )
-    picture = picture.convert("RGB")
-    if picture.size != (side, side):
-        picture = picture.resize((side, side), Image.Resampling.BILINEAR)
-    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+    pixels = hub.rgb(picture, where)
+    if pixels.size != (side, side):
+        pixels = pixels.resize((side, side), Resampling.BILINEAR)
+    return torch.from_numpy(np.array(pixels)).permute(2, 0, 1)
 
 
 def shifted(images: Tensor, generator: torch.Generator, *, mirrored: bool) -> Tensor:

@@ -1,9 +1,9 @@
 """Segmentation of one's own images: a folder of images and one of masks, with a U-Net of 1.9 M parameters.
 
 In `$WCR_OPTIM_DATA/masks` lie `images/` and `masks/` with files of the same names, the masks with the class of a pixel
-as its gray value (two values, such as 0 and 255, count as background and foreground); or `train/`, `validation/` and
-`test/`, each with these two folders; or whatever else `datasets` reads with the columns image and mask. Splits that are
-not there are drawn image by image: give them where several images show one patient.
+as its gray value or index of a palette (two values, such as 0 and 255, count as background and foreground); or
+`train/`, `validation/` and `test/`, each with these two folders; or whatever else `datasets` reads with the columns
+image and mask. Splits that are not there are drawn image by image: give them where several images show one patient.
 """
 
 from __future__ import annotations
@@ -31,6 +31,8 @@ SIDE = 256
 WIDTHS = (32, 64, 128, 256)
 BATCH = 16
 EPOCHS = 100
+VALUES = 64  # that one mask may have
+LOSSY = ("JPEG", "MPO")  # Pillow's names of formats that change values
 ENDINGS = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
 
 
@@ -45,8 +47,12 @@ class Masks(NamedTuple):
 def load() -> Masks:
     """Load all images and masks into memory.
 
+    Of two values in the training masks the lower one is the background. Of more, each is a class, in their order after
+    the background, 0, whether that is there or not.
+
     Raises:
-        ValueError: If an image has no mask or the other way round, if a mask has another size than its image, if the
+        ValueError: If an image has no mask or the other way round, if two have one name, if a mask has another size
+            than its image, if an image has more than 8 bits, if a mask has values that can be no classes, if the
             training masks are all of one class, if a class of validation or test is none of those of training, if the
             masks of a split are all background, or if there are folders beside those that are read.
 
@@ -56,33 +62,40 @@ def load() -> Masks:
     for column in ("image", "mask"):
         hub.column(rows["train"], column)
     splits = {}
+    palette: dict[int, tuple[int, ...]] = {}
     for name, part in rows.items():
-        pairs = [_tensors(image, mask) for image, mask in zip(part["image"], part["mask"], strict=True)]
+        pairs = [
+            _tensors(image, mask, f"{NAME} {name}: row {row}", palette)
+            for row, (image, mask) in enumerate(zip(part["image"], part["mask"], strict=True))
+        ]
         images, masks = (torch.stack(list(side)) for side in zip(*pairs, strict=True))
         splits[name] = Split(images, masks)
-    values = splits["train"].labels.unique().tolist()
-    if len(values) < 2:
-        raise ValueError(f"masks of train in {path} are {values[0]} all over; they need background and foreground")
-    two = len(values) == 2
-    background = values[0] if two else 0
+    values = splits["train"].labels.unique()
+    told = values.tolist()
+    if len(told) < 2:
+        raise ValueError(f"masks of train in {path} are {told[0]} all over; they need background and foreground")
+    classes = told if len(told) == 2 else sorted({0, *told})
+    background = classes[0]
     for name, split in splits.items():
-        found = split.labels.unique().tolist()
-        unknown = [value for value in found if value not in values]
-        if unknown:
-            told = ", ".join(map(str, values))
-            raise ValueError(f"masks of {name} in {path} have the value {unknown[0]}, those of train only {told}")
-        if found == [background]:
+        unknown = torch.isin(split.labels, values, invert=True)
+        if unknown.any():
+            row = int(unknown.flatten(1).any(1).int().argmax())
+            value, where = int(split.labels[row][unknown[row]][0]), hub.called(rows[name][row]["mask"], f"row {row}")
+            raise ValueError(
+                f"masks of {name} in {path} have the value {value} ({where}), those of train only "
+                f"{', '.join(map(str, told))}"
+            )
+        if bool((split.labels == background).all()):
             raise ValueError(
                 f"masks of {name} in {path} are {background} all over, and Dice would be NaN; put some with "
                 f"foreground into a folder {name}/ beside train/"
             )
-    if two:
-        splits = {name: Split(split.images, (split.labels > background).long()) for name, split in splits.items()}
-    classes = 2 if two else values[-1] + 1
+    order = torch.tensor(classes)
+    splits = {name: Split(split.images, torch.searchsorted(order, split.labels)) for name, split in splits.items()}
     sha256 = hub.fingerprint(part for split in splits.values() for part in split)
     train = splits["train"].images
     mean, deviation = train.mean((0, 2, 3), keepdim=True), train.std((0, 2, 3), keepdim=True).clamp_min(1e-3)
-    return Masks({n: Split((s.images - mean) / deviation, s.labels) for n, s in splits.items()}, classes, sha256)
+    return Masks({n: Split((s.images - mean) / deviation, s.labels) for n, s in splits.items()}, len(classes), sha256)
 
 
 def _folders(path: Path) -> list[tuple[str, Path]]:
@@ -113,10 +126,7 @@ def _paired(path: Path) -> DatasetDict:
     datasets = hub.imported()
     splits = {}
     for name, folder in _folders(path):
-        images, masks = (
-            {f.stem: str(f) for f in sorted((folder / kind).glob("*")) if f.suffix.lower() in ENDINGS}
-            for kind in ("images", "masks")
-        )
+        images, masks = (_by_name(folder / kind) for kind in ("images", "masks"))
         odd = sorted(images.keys() ^ masks.keys())
         if odd or not images:
             told = f"{len(odd)} names are in only one of them, the first {odd[0]!r}" if odd else "there are no images"
@@ -126,13 +136,80 @@ def _paired(path: Path) -> DatasetDict:
     return hub.with_all_splits(splits, path)
 
 
-def _tensors(image: Image, mask: Image) -> tuple[Tensor, Tensor]:
+def _by_name(folder: Path) -> dict[str, str]:
+    """Return the paths of a folder's images by their names without endings.
+
+    Raises:
+        ValueError: If two have the same.
+
+    """
+    found: dict[str, str] = {}
+    for file in sorted(folder.glob("*")):
+        if file.suffix.lower() in ENDINGS:
+            other = found.setdefault(file.stem, str(file))
+            if other != str(file):
+                raise ValueError(f"{other} and {file} have one name; keep one of them, or give them different names")
+    return found
+
+
+def _tensors(image: object, mask: object, where: str, palette: dict[int, tuple[int, ...]]) -> tuple[Tensor, Tensor]:
+    from PIL.Image import fromarray
+
+    image, mask = hub.rgb(image, f"{where} of the column image"), hub.checked(mask, f"{where} of the column mask")
     if image.size != mask.size:
-        raise ValueError(f"an image of {image.size} pixels has a mask of {mask.size}")
-    pixels = np.array(image.convert("RGB").resize((SIDE, SIDE)), dtype=np.float32) / 255
-    # Nearest: a gray value between two classes is a third one.
-    classes = np.array(mask.convert("L").resize((SIDE, SIDE), resample=0), dtype=np.int64)
-    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous(), torch.from_numpy(classes)
+        raise ValueError(f"an image of {image.size} pixels has a mask of {mask.size}: {hub.called(mask, where)}")
+    pixels = np.array(image.resize((SIDE, SIDE)), dtype=np.float32) / 255
+    values = fromarray(_values(mask, hub.called(mask, f"{where} of the column mask"), palette))
+    # Nearest: a value between two classes is a third one.
+    labels = np.array(values.resize((SIDE, SIDE), resample=0), dtype=np.int64)
+    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous(), torch.from_numpy(labels)
+
+
+def _values(mask: Image, where: str, palette: dict[int, tuple[int, ...]]) -> np.ndarray:
+    """Return the values of a mask's pixels, int32: indices of its palette if it has one, else gray values.
+
+    Raises:
+        ValueError: If they can be no classes.
+
+    """
+    if mask.mode == "P":
+        values = _indices(mask, where, palette)
+    elif mask.mode.startswith(("I", "F")):
+        values = np.array(mask)
+        if not ((values >= 0) & (values < 2**16) & (values == np.floor(values))).all():
+            raise ValueError(f"{where} has values other than whole numbers from 0 to 65535, which can be no classes")
+    else:
+        channels = np.array(mask.convert("RGB"))
+        values = channels[..., 0]
+        if (channels != values[..., None]).any():
+            raise ValueError(f"{where} has colours; save the class of a pixel as its gray value or index of a palette")
+    count = len(np.unique(values))
+    if mask.format in LOSSY or count > VALUES:
+        raise ValueError(
+            f"{where} ({mask.format}, {count} values) cannot be read as classes: JPEG and smooth resizing add values "
+            f"between those that were drawn. Save masks as PNG, with {VALUES} values at most"
+        )
+    return values.astype(np.int32)
+
+
+def _indices(mask: Image, where: str, palette: dict[int, tuple[int, ...]]) -> np.ndarray:
+    """Return the indices of a mask with a palette, and add its colours to the palette of all masks.
+
+    Raises:
+        ValueError: If an index has another colour than in a mask before: programs that choose a palette for each file
+            number the same class differently.
+
+    """
+    indices = np.array(mask)
+    values, first = np.unique(indices, return_index=True)
+    colours = np.array(mask.convert("RGBA")).reshape(-1, 4)[first]
+    for value, colour in zip(values.tolist(), map(tuple, colours.tolist()), strict=True):
+        if palette.setdefault(value, colour) != colour:
+            raise ValueError(
+                f"{where} has the colour {colour} at index {value} of its palette, a mask before it "
+                f"{palette[value]}; give all masks one palette, or save classes as gray values"
+            )
+    return indices
 
 
 def _task() -> Task:
