@@ -510,21 +510,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--readme", type=Path, default=Path("README.md"), help="(default: README.md)")
     parser.add_argument("--images", type=Path, default=Path("docs/images"), help="(default: docs/images)")
     o = parser.parse_args(argv)
+    for path in (o.page, o.readme):
+        if not path.is_file():
+            parser.error(f"there is no page {path} to renew")
     try:
         arguments.prepare_for_pictures(o.images)
         rows = stored(o.results)
     except (ValueError, OSError, ImportError) as error:
         parser.error(str(error))
-    for path in (o.page, o.readme):
-        if not path.is_file():
-            parser.error(f"there is no page {path} to renew")
     page = o.page.read_text(encoding="utf-8")
-    missing = {name for name in _tables(page) if name in tasks.names()} - {row["task"] for row in rows}
+    readme = o.readme.read_text(encoding="utf-8")
+    missing = {name for name in tasks.names() if _has_table(page, name) or _has_row(readme, name)}
+    missing -= {row["task"] for row in rows}
     if missing:
         parser.error(
-            f"{o.results} has no runs of full length of task {min(missing)}, which {o.page} has a table of: it would "
-            f"vanish from the tables of all tasks; run it with --full --output {o.results}, or name the folder that "
-            "has them all"
+            f"{o.results} has no runs of full length of task {min(missing)}, which is in {o.page} or {o.readme}: it "
+            f"would vanish from the tables of all tasks; run it with --full --output {o.results}, or name the folder "
+            "that has them all"
         )
     rows = _loaded(rows, f"{o.page} and {o.readme}")
     page = filled(page, "brief", brief(rows))
@@ -534,7 +536,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if tested(of_task, task):
             page = filled(page, task, section(of_task, task))
             draw(of_task, task, o.images)
-    readme = filled(o.readme.read_text(encoding="utf-8"), "brief", brief(rows))
+    readme = filled(readme, "brief", brief(rows))
     for path, text in ((o.page, page), (o.readme, readme)):
         with written_whole(path) as temporary:
             temporary.write_text(text, encoding="utf-8")
@@ -550,9 +552,12 @@ def stored(folder: Path) -> Rows:
     ]
 
 
-def _tables(page: str) -> list[str]:
-    """Return the names between whose markers a page has tables."""
-    return re.findall(r"<!-- table: (.*?) -->", page)
+def _has_table(page: str, task: str) -> bool:
+    return f"<!-- table: {task} -->" in page
+
+
+def _has_row(page: str, task: str) -> bool:
+    return re.search(rf"^\| {re.escape(task)}, ", page, re.MULTILINE) is not None
 
 
 def filled(page: str, name: str, text: str) -> str:

@@ -90,7 +90,9 @@ def main(suite: str, argv: Sequence[str] | None = None) -> int:
         rows = results.read()
         for task in {row["task"] for row in rows} - set(o.tasks):  # of earlier commands
             with suppress(OSError, ImportError, ValueError):  # it cannot be loaded, which the report says
-                lengths[task] = _length(task, o.share)
+                length = _length(task, o.share)
+                if any(row["task"] == task and int(row["steps"]) == length for row in rows):
+                    lengths[task] = length
         report.write(tuning.of_run(rows, lengths, o.options), o.output, suite)
         print(f"see {o.output}/{suite}.md, {suite}.json and the pictures beside them")
     return 0
@@ -199,11 +201,11 @@ def _parse(suite: str, argv: Sequence[str] | None) -> argparse.Namespace:
             known = tasks.task(task)
             if known.suite != suite:
                 raise ValueError(f"task {task} belongs to another file of results: python -m benchmarks {known.suite}")
-            for name in o.methods or ():
-                tuning.grid(task, name, o.strengths)
             bad = [name for name in o.methods or () if Method.of(name).base not in known.lr]
             if bad:
                 raise ValueError(f"task {task} has no setting for the base of {bad[0]!r}; it has {', '.join(known.lr)}")
+            for name in o.methods or ():
+                tuning.grid(task, name, o.strengths)
             o.sparsities = sorted({0.0, *known.goals, *o.sparsities})
         parts = [Method.of(name) for name in o.methods or ("sgd+target",)]
         for method in parts:

@@ -29,15 +29,14 @@ class TestWhoIsMeant:
         assert lifted(normed()) == {}
         assert lifted(shrunk(normed())) == {"0.weight": 6, "3.weight": 8}
 
-    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-    def test_a_step_within_autocast_sees_the_same(self, dtype):
+    def test_a_step_within_autocast_sees_the_same(self):
         """The square of a small gradient is zero in half precision."""
         net = shrunk(normed())
         gradients(net, 0)
         layers = list(matrices(net).values())
         for p in layers:
             p.grad *= 1e-5
-        with torch.autocast("cpu", dtype):
+        with torch.autocast("cpu", torch.float16):
             factors = torch.split(invariant_units(layers, unit_moments(layers)).lifts, [12, 16, 3])
         assert [int((part > 1).sum()) for part in factors] == [6, 8, 0]
 

@@ -222,7 +222,18 @@ def test_every_hook_of_the_base_is_called_in_the_first_step(around, monkeypatch)
         assert len(calls) == 2
 
 
-@pytest.mark.parametrize("around", [lambda base: base, per_unit, SSAM, SparseSAM])
+@pytest.mark.parametrize(
+    "around",
+    [
+        lambda base: base,
+        per_unit,
+        SSAM,
+        SparseSAM,
+        lambda base: SSAM(per_unit(base)),
+        lambda base: per_unit(SSAM(base)),
+    ],
+    ids=["base", "latent", "ssam", "sparse_sam", "ssam around", "ssam within"],
+)
 def test_a_hook_that_the_first_step_registers_stays(around):
     net = small_net()
     base = torch.optim.SGD(net.parameters(), lr=0.1)

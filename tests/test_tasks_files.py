@@ -114,7 +114,7 @@ class TestHub:
     @pytest.mark.parametrize("mode", ["I;16", "I;16B", "I", "F"])
     def test_images_of_more_bits_are_refused(self, mode, tmp_path):
         image = deep(np.arange(64).reshape(8, 8) * 60, mode)
-        with pytest.raises(ValueError, match=rf"^train: row 3 has more than 8 bits \(Pillow's mode {mode}\); scale"):
+        with pytest.raises(ValueError, match=rf"^train: row 3 has more than 8 bits \(Pillow's mode {mode}\); save"):
             hub.rgb(image, "train: row 3")
         path = tmp_path / "scan.tif"
         saved(path, image)
@@ -370,19 +370,38 @@ class TestMasks:
             return mask
 
         self.save(folder / "masks", 10, lambda k: painted([0, 0, 0, 100, 0, 0, 0, 51, 0]))
+        gray = Image.fromarray(np.full((32, 32), 3, dtype=np.uint8))
+        gray.putpalette([0, 0, 0, 100, 0, 0, 0, 51, 0, 70, 70, 70])
+        saved(folder / "masks" / "masks" / "0.tif", gray)  # one class in one mask, of a gray colour
+        found = masks.load()
+        assert found.classes == 5
+        assert (torch.cat([split.labels for split in found.splits.values()]) == 3).flatten(1).all(1).sum() == 1
+        saved(folder / "masks" / "masks" / "0.tif", painted([0, 0, 0, 100, 0, 0, 0, 51, 0]))
         found = masks.load()
         assert found.classes == 4
         assert torch.equal(found.splits["test"].labels[0], torch.arange(4).repeat_interleave(8)[:, None].expand(32, 32))
         saved(folder / "masks" / "masks" / "9.tif", painted([0, 0, 0, 0, 51, 0, 100, 0, 0]))
         with pytest.raises(ValueError, match=r".tif has the colour \(\d+, .* at index 1 of its palette, a mask before"):
             masks.load()
+        saved(folder / "masks" / "masks" / "9.tif", Image.fromarray(values))
+        with pytest.raises(ValueError, match=r"masks/9.tif has no palette \(Pillow's mode L\), and others have; save"):
+            masks.load()
 
     @pytest.mark.usefixtures("small")
-    @pytest.mark.parametrize("mode", ["1", "LA", "RGB", "RGBA"])
+    @pytest.mark.parametrize("mode", ["1", "LA", "RGB", "RGBA", "black first", "white first"])
     def test_masks_without_colours_are_gray_in_any_mode(self, mode, folder):
         """Some files are gray, as of programs that save each in the smallest form it has."""
         mask = Image.fromarray(np.array([0, 255], dtype=np.uint8).repeat(16)[:, None].repeat(32, 1))
-        self.save(folder / "masks", 10, lambda k: mask.convert(mode) if k % 2 else mask)
+
+        def other():
+            if "first" not in mode:
+                return mask.convert(mode)
+            one = mode == "black first"
+            indexed = Image.fromarray((np.array(mask) == (255 if one else 0)).astype(np.uint8))
+            indexed.putpalette([0, 0, 0, 255, 255, 255] if one else [255, 255, 255, 0, 0, 0])
+            return indexed
+
+        self.save(folder / "masks", 10, lambda k: other() if k % 2 else mask)
         found = masks.load()
         assert found.classes == 2
         wanted = torch.arange(2).repeat_interleave(16)

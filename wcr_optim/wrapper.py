@@ -470,6 +470,16 @@ def innermost(optimizer: Any) -> Any:
     return optimizer
 
 
+class _Noted(OrderedDict[Any, Any]):
+    """Hooks of an optimizer with those of `stepped_by` among them, once for each of nested wrappers.
+
+    Attributes:
+        own: The optimizer's own, without.
+    """
+
+    own: OrderedDict[Any, Any]
+
+
 @contextmanager
 def stepped_by(optimizer: Optimizer) -> Iterator[list[Tensor]]:
     """Collect the parameters without state that the innermost optimizer of a chain steps in a block.
@@ -489,12 +499,14 @@ def stepped_by(optimizer: Optimizer) -> Iterator[list[Tensor]]:
         return
     inner = innermost(optimizer)
     hooks = inner._optimizer_step_pre_hooks
+    own = hooks.own if isinstance(hooks, _Noted) else hooks
     # In a copy, since a hook may remove itself, which torch's iteration over them bears in the last of them alone.
-    inner._optimizer_step_pre_hooks = OrderedDict(hooks)
+    inner._optimizer_step_pre_hooks = _Noted(hooks)
+    inner._optimizer_step_pre_hooks.own = own
 
     def note(*_: Any) -> None:
         stepped.extend(p for p in params if p.grad is not None)
-        inner._optimizer_step_pre_hooks = hooks  # at once: what the step or a hook after it registers shall stay
+        inner._optimizer_step_pre_hooks = own  # at once: what the step or a hook after it registers shall stay
 
     inner._optimizer_step_pre_hooks[object()] = note
     try:

@@ -158,8 +158,8 @@ def rgb(found: object, where: str) -> Image:
     image = checked(found, where)
     if image.mode.startswith(("I", "F")):
         raise ValueError(
-            f"{called(image, where)} has more than 8 bits (Pillow's mode {image.mode}); scale its values to 0 to 255, "
-            "all images alike, and save it with 8 bits"
+            f"{called(image, where)} has more than 8 bits (Pillow's mode {image.mode}); save it with 8 bits, as values "
+            "from 0 to 255, to which all images are scaled alike"
         )
     return image.convert("RGB")
 

@@ -35,6 +35,9 @@ VALUES = 64  # that one mask may have
 LOSSY = ("JPEG", "MPO")  # Pillow's names of formats that change values
 ENDINGS = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
 
+Palette = dict[int, tuple[int, ...]]
+"""The colour of each index that masks have used so far."""
+
 
 class Masks(NamedTuple):
     """Splits of images, shape (n, 3, SIDE, SIDE), normalized over the training images, and masks, (n, SIDE, SIDE)."""
@@ -61,8 +64,10 @@ def load() -> Masks:
     rows = hub.load(NAME) if path is None or not _folders(path) else _paired(path)
     for column in ("image", "mask"):
         hub.column(rows["train"], column)
+    # Without colours a palette is a way to save gray values. Whether there are any takes a look at all masks: one that
+    # shows two gray classes of a coloured palette only would be read by gray values otherwise.
+    palette: Palette | None = {} if any(_is_coloured(mask) for part in rows.values() for mask in part["mask"]) else None
     splits = {}
-    palette: dict[int, tuple[int, ...]] = {}
     for name, part in rows.items():
         pairs = [
             _tensors(image, mask, f"{NAME} {name}: row {row}", palette)
@@ -152,7 +157,15 @@ def _by_name(folder: Path) -> dict[str, str]:
     return found
 
 
-def _tensors(image: object, mask: object, where: str, palette: dict[int, tuple[int, ...]]) -> tuple[Tensor, Tensor]:
+def _is_coloured(mask: object) -> bool:
+    """Say whether a mask has a palette of which it uses a colour that is not gray."""
+    if getattr(mask, "mode", None) != "P":
+        return False
+    channels = np.array(mask.convert("RGB"))  # type: ignore[attr-defined]
+    return bool((channels != channels[..., :1]).any())
+
+
+def _tensors(image: object, mask: object, where: str, palette: Palette | None) -> tuple[Tensor, Tensor]:
     from PIL.Image import fromarray
 
     image, mask = hub.rgb(image, f"{where} of the column image"), hub.checked(mask, f"{where} of the column mask")
@@ -165,14 +178,16 @@ def _tensors(image: object, mask: object, where: str, palette: dict[int, tuple[i
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous(), torch.from_numpy(labels)
 
 
-def _values(mask: Image, where: str, palette: dict[int, tuple[int, ...]]) -> np.ndarray:
-    """Return the values of a mask's pixels, int32: indices of its palette if it has one, else gray values.
+def _values(mask: Image, where: str, palette: Palette | None) -> np.ndarray:
+    """Return the values of a mask's pixels, int32: indices of a palette if masks have a coloured one, or gray values.
 
     Raises:
         ValueError: If they can be no classes.
 
     """
-    if mask.mode == "P":
+    if palette is not None and mask.mode != "P":
+        raise ValueError(f"{where} has no palette (Pillow's mode {mask.mode}), and others have; save all masks alike")
+    if palette is not None:
         values = _indices(mask, where, palette)
     elif mask.mode.startswith(("I", "F")):
         values = np.array(mask)
@@ -192,7 +207,7 @@ def _values(mask: Image, where: str, palette: dict[int, tuple[int, ...]]) -> np.
     return values.astype(np.int32)
 
 
-def _indices(mask: Image, where: str, palette: dict[int, tuple[int, ...]]) -> np.ndarray:
+def _indices(mask: Image, where: str, palette: Palette) -> np.ndarray:
     """Return the indices of a mask with a palette, and add its colours to the palette of all masks.
 
     Raises:
@@ -202,7 +217,7 @@ def _indices(mask: Image, where: str, palette: dict[int, tuple[int, ...]]) -> np
     """
     indices = np.array(mask)
     values, first = np.unique(indices, return_index=True)
-    colours = np.array(mask.convert("RGBA")).reshape(-1, 4)[first]
+    colours = np.array(mask.convert("RGB")).reshape(-1, 3)[first]
     for value, colour in zip(values.tolist(), map(tuple, colours.tolist()), strict=True):
         if palette.setdefault(value, colour) != colour:
             raise ValueError(
