@@ -228,9 +228,8 @@ class Method:
             exclude: What is not pruned, and gets neither decay nor penalty (default: ())
             layers: Which parameters the penalty reaches, one of LAYERS (default: "weights")
         """
-        strength = (
-            1.0 if self.is_driven else strength
-        )  # the ratio between groups is all that SparsityTarget keeps of it
+        if self.is_driven:
+            strength = 1.0  # the ratio between groups is all that SparsityTarget keeps of it
         groups = param_groups(model, weight_decay=weight_decay, weight_concentration=strength, exclude=exclude)
         if layers == "inner":
             groups = _inner(groups)

@@ -501,18 +501,19 @@ def stepped_by(optimizer: Optimizer) -> Iterator[list[Tensor]]:
     hooks = inner._optimizer_step_pre_hooks
     own = hooks.own if isinstance(hooks, _Noted) else hooks
     # In a copy, since a hook may remove itself, which torch's iteration over them bears in the last of them alone.
-    inner._optimizer_step_pre_hooks = _Noted(hooks)
-    inner._optimizer_step_pre_hooks.own = own
+    noted = inner._optimizer_step_pre_hooks = _Noted(hooks)
+    noted.own = own
 
     def note(*_: Any) -> None:
         stepped.extend(p for p in params if p.grad is not None)
         inner._optimizer_step_pre_hooks = own  # at once: what the step or a hook after it registers shall stay
 
-    inner._optimizer_step_pre_hooks[object()] = note
+    noted[object()] = note
     try:
         yield stepped
     finally:
-        inner._optimizer_step_pre_hooks = hooks
+        if inner._optimizer_step_pre_hooks is noted:  # the step has not begun
+            inner._optimizer_step_pre_hooks = hooks
 
 
 def check_keeps_state(what: str, base: Any, instead: str) -> None:

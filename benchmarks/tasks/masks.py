@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -157,11 +157,11 @@ def _by_name(folder: Path) -> dict[str, str]:
     return found
 
 
-def _is_coloured(mask: object) -> bool:
+def _is_coloured(mask: Any) -> bool:
     """Say whether a mask has a palette of which it uses a colour that is not gray."""
     if getattr(mask, "mode", None) != "P":
         return False
-    channels = np.array(mask.convert("RGB"))  # type: ignore[attr-defined]
+    channels = np.array(mask.convert("RGB"))
     return bool((channels != channels[..., :1]).any())
 
 

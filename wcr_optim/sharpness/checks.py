@@ -126,9 +126,9 @@ class ClosureWatch:
         )
 
 
-def uphill(group: Mapping[str, Any]) -> float:
-    """Return the sign that turns a group's gradients towards a worse objective: the base may maximize it."""
-    return -1.0 if group.get("maximize") else 1.0
+def ascent(group: Mapping[str, Any]) -> float:
+    """Return a group's rho, negative where the base maximizes: a worse objective lies against the gradient there."""
+    return -float(group["rho"]) if group.get("maximize") else float(group["rho"])
 
 
 def gradients(params: Sequence[Tensor]) -> list[Tensor]:

@@ -15,7 +15,7 @@ from wcr_optim.checks import check_count, check_share, check_whole
 from wcr_optim.layout import local
 from wcr_optim.pruning.shards import common_mesh, find_sharded_cuts
 from wcr_optim.pruning.threshold import keep_masks
-from wcr_optim.sharpness.checks import gradients, refuse_complex, uphill
+from wcr_optim.sharpness.checks import ascent, gradients, refuse_complex
 from wcr_optim.sharpness.memory import add_, copies
 from wcr_optim.sharpness.two_pass import SecondPass, TwoPass
 
@@ -102,7 +102,7 @@ class CrAM(TwoPass):
         everywhere = [p for members in params for p in members]
         for group, members in zip(self.param_groups, params, strict=True):
             if members and group["rho"]:
-                add_(members, gradients(members), uphill(group) * float(group["rho"]) / scale)
+                add_(members, gradients(members), ascent(group) / scale)
         self._pruned = self._compress([p for p in everywhere if p.ndim > 1])
         if self.plus:
             self._clean = list(zip(everywhere, copies(gradients(everywhere)), strict=True))

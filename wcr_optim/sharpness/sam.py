@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from wcr_optim.checks import check_count, check_number
 from wcr_optim.layout import local
-from wcr_optim.sharpness.checks import gradients, uphill
+from wcr_optim.sharpness.checks import ascent, gradients
 from wcr_optim.sharpness.memory import add_, global_norm
 from wcr_optim.sharpness.two_pass import TwoPass
 
@@ -91,7 +91,7 @@ class SAM(TwoPass):
 
     def _perturb(self, params: Sequence[Sequence[Tensor]], norm: float, scale: float) -> None:
         for group, members in zip(self.param_groups, params, strict=True):
-            length = uphill(group) * float(group["rho"]) / ((norm + EPS) * scale)
+            length = ascent(group) / ((norm + EPS) * scale)
             if length == 0.0 or not members:
                 continue
             if self.adaptive:

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from wcr_optim.checks import check_count, check_share, check_whole
 from wcr_optim.layout import local
 from wcr_optim.pruning.threshold import keep_masks, pruned_count
-from wcr_optim.sharpness.checks import refuse_complex, uphill
+from wcr_optim.sharpness.checks import ascent, refuse_complex
 from wcr_optim.sharpness.guards import RunningStatistics
 from wcr_optim.sharpness.memory import add_
 from wcr_optim.sharpness.two_pass import TwoPass
@@ -195,7 +195,7 @@ class SparseSAM(TwoPass):
     def _perturb(self, params: Sequence[Sequence[Tensor]], norm: float, scale: float) -> None:
         self._prepare(scale)
         for group, members in zip(self.param_groups, params, strict=True):
-            length = uphill(group) * float(group["rho"]) / ((norm + EPS) * scale)
+            length = ascent(group) / ((norm + EPS) * scale)
             for p in members:
                 mask = self._next_masks.get(p)
                 if mask is None and (saved := self._masks.get(self, p)) is not None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from wcr_optim.layout import stamp
-from wcr_optim.sharpness.checks import ClosureWatch, check_base, check_rho, gradients, uphill, with_gradient
+from wcr_optim.sharpness.checks import ClosureWatch, ascent, check_base, check_rho, gradients, with_gradient
 from wcr_optim.sharpness.memory import copy_, exchange_, exchange_back_, global_norm, norms, scale_
 from wcr_optim.slots import Slot
 from wcr_optim.wrapper import Closure, OptimizerWrapper, check_keeps_state, outside_graphs, stepped_by
@@ -232,7 +232,7 @@ class SSAM(OptimizerWrapper):
         self._forget(perturbed, buffers)  # until they hold the new perturbation: an interruption finds none
         self._stamps.clear()
         for group, params in zip(self.param_groups, members, strict=True):
-            length = uphill(group) * float(group["rho"]) / (norm + EPS)
+            length = ascent(group) / (norm + EPS)
             perturbations = [_buffer(buffers[p], p) for p in params]
             scale_(perturbations, gradients(params), length)
             for p, perturbation in zip(params, perturbations, strict=True):
